@@ -1,0 +1,1930 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["litestar>=2.15,<4", "msgspec>=0.18.6", "cachetools>=5.5", "uvicorn>=0.30", "websockets>=13"]
+# ///
+"""A live website chat for any Litestar app: one plugin, one script tag.
+
+A visitor clicks a bubble; a short-lived token is minted; a websocket opens; a greeting shows. Each message
+goes onto a short scratchpad, your *answerer* is asked, and its reply streams back word by word. After a few
+quiet minutes the chat closes gently and forgets. A reply that a lost connection cuts short is finished, kept,
+and shown as soon as its visitor is back::
+
+    from collections.abc import AsyncIterator
+    from litestar import Litestar
+    from chat_session import Chat, ChatSessionPlugin
+
+    async def answer(chat: Chat) -> AsyncIterator[str]:
+        for word in f"You said: {chat.message}".split():
+            yield word + " "
+
+    app = Litestar(plugins=[ChatSessionPlugin(answer)])
+
+and in the page: ``<script src="/chat/widget.js" defer></script>``.
+
+**The wire**, ``chat-session.v1``: one JSON object with a ``type`` in each text frame.
+
+=================== ================================================================ ========================
+the client sends    with
+=================== ================================================================ ========================
+``message``         ``id``, ``text``                                                 asks
+``stop``            ``id``?                                                          stops or takes back
+``stay``                                                                             answers the idle warning
+``end``                                                                              says goodbye
+``pong``                                                                             answers ``ping``
+=================== ================================================================ ========================
+
+=================== ================================================================ ========================
+the server sends    with
+=================== ================================================================ ========================
+``session-start``   ``sessionId greeting idleTimeout pingInterval maxMessageChars``  first of all
+                    ``maxPending``
+``start``           ``messageId``, ``messageMetadata: {inReplyTo}``                  the answerer is asked
+``text-start``      ``id``                                                           before the first words
+``text-delta``      ``id``, ``delta``                                                the next words
+``source-url``      ``sourceId``, ``url``, ``title``                                 a citation
+``text-end``        ``id``                                                           after the last words
+``finish``                                                                           \\
+``abort``           ``reason``: ``stopped``, ``interrupted``                         } one ends each reply
+``error``           ``errorText``                                                    /
+``message-rejected`` ``id``, ``code``, ``detail``, ``retryAfter``?                   the session goes on
+``session-idle``    ``closesIn``                                                     the warning
+``session-end``     ``reason``                                                       the session is over
+``ping``                                                                             is anybody there?
+=================== ================================================================ ========================
+
+**Decisions**, each made for a measured reason; please read it before undoing one.
+
+1.  A reply lives in a task of its own, never in the socket's handler: a connection may die, the reply may not.
+2.  One reader calls ``receive`` for a socket's whole life. uvicorn stops answering pings while a message waits
+    to be read, granian notices a departure nowhere else, and its ``close`` deadlocks beside a pending ``receive``.
+3.  Words are sent by one shared flush, not by a writer task for each visitor: that costs 40 % less for a word.
+4.  Catching up with a running reply and listening to it happen without an ``await`` between: no gap, no double.
+5.  The token travels as a subprotocol, since servers log the URL; its MAC's text is compared before it is parsed.
+6.  A bad token is refused after ``accept``: before it, every server answers a bare 403, which no page can read.
+7.  Handlers are closures on the app itself, because Litestar 2 deep-copies what a ``Router`` holds.
+8.  Shutdown drains in the lifespan, the one hook that every server runs; no handler's ``finally`` can be relied on.
+9.  What a visitor typed is held by the scratchpad, the waiting messages and the running answerer. No row, log line,
+    exception text or close reason may carry it, and no local variable may keep it while a coroutine waits.
+10. Time is the event loop's, so that tests can turn the clock; only the token, which outlives processes, asks the wall.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import inspect
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, TypedDict, cast
+
+import msgspec
+from cachetools import TTLCache
+from litestar import Litestar, Request, Response, WebSocket, get, post, websocket
+from litestar.connection import ASGIConnection
+from litestar.exceptions import HTTPException, ImproperlyConfiguredException, WebSocketDisconnect
+from litestar.plugins import InitPlugin
+from litestar.stores.base import Store
+
+if TYPE_CHECKING:
+    from litestar.config.app import AppConfig
+    from litestar.types import Guard, Middleware
+
+__all__ = ("Chat", "ChatSessionConfig", "ChatSessionPlugin", "Message", "Reply", "SessionRow", "Source")
+__version__ = "0.1.0"
+
+_log = logging.getLogger("chat_session")
+
+
+# ---- Constants -------------------------------------------------------------------------------------------------------
+
+
+class _Close(IntEnum):
+    """Websocket close codes: RFC 6455 section 7.4 and the IANA registry that continues it."""
+
+    DONE = 1000
+    LEFT = 1001
+    BINARY = 1003
+    INVALID = 1008
+    TOO_BIG = 1009
+    BUG = 1011
+    RESTART = 1012
+    BUSY = 1013
+    TOKEN = 3000
+
+
+#: What a close frame says beside its code: ASCII and short, since a reason over 123 bytes breaks three of four servers.
+_REASONS: dict[_Close, str] = {
+    _Close.DONE: "session ended",
+    _Close.LEFT: "nothing was heard",
+    _Close.BINARY: "text frames only",
+    _Close.INVALID: "too many invalid frames",
+    _Close.TOO_BIG: "frame too big",
+    _Close.BUG: "internal error",
+    _Close.RESTART: "server restarts",
+    _Close.BUSY: "try again later",
+    _Close.TOKEN: "token refused",
+}
+
+_SUBPROTOCOL = "chat-session.v1"
+_TOKEN_PREFIX = "token."
+_ENV_SECRET = "CHAT_SESSION_SECRET"
+_MIN_SECRET = 32  # bytes, the size of the MAC: RFC 2104 section 3 discourages shorter keys
+_MAX_TOKEN = 2048  # characters; ours have about 150, and what is longer is not worth a hash
+_WORD_WAIT = 0.016  # seconds that a word may wait for company: one refresh of a 60 Hz screen
+_PONG_GRACE = 10.0  # seconds beyond the ping interval, Centrifugo's margin
+_CLOSE_GRACE = 1.0  # seconds for the last frames and the close of one socket
+_STOP_GRACE = 5.0  # seconds that a stopped answerer has for its ``finally``
+_LOAD_TIMEOUT = 5.0  # seconds for one ``load`` of a row, during which a visitor's messages wait
+_SAVE_TIMEOUT = 30.0  # seconds for one ``save`` of a row, which nobody waits for
+_GREETING_TIMEOUT = 5.0  # seconds for the host's greeting; a visitor looks at an empty panel meanwhile
+_OPEN_ROW_TTL = 86_400  # seconds that a store keeps the row of an open session
+_RETRY_AFTER = 10  # seconds that a visitor whom we have no room for is asked to wait
+_INVALID_LIMIT = 3  # invalid frames of one session; a program sends them, not a person
+_OUTBOX_LIMIT = 1_000  # frames that may wait for one visitor; words that pile up count as one
+_MIN_FRAME_LIMIT = 128  # bytes; a frame with a 64-character id must fit however short messages may be
+_BREATH = 16  # pieces of a reply after which the event loop gets a turn
+_ADDRESS_LIMIT = 100_000  # addresses whose token requests are counted
+_ERROR_TEXT = "Something went wrong. Please try again."
+
+#: What a send raises when the visitor has left: uvicorn an OSError, granian a RuntimeError, Litestar the last.
+_GONE = (OSError, RuntimeError, WebSocketDisconnect)
+
+_EndReason: TypeAlias = Literal["idle", "visitor", "dropped", "restart", "replaced"]
+_Status: TypeAlias = Literal["streaming", "finished", "stopped", "failed", "interrupted"]
+_Connection: TypeAlias = ASGIConnection[Any, Any, Any, Any]
+
+#: Sessions that ended so keep their last reply: the visitor may not have seen it.
+_CARRIED: frozenset[_EndReason] = frozenset({"dropped", "restart", "replaced"})
+#: Replies that count as a turn: something was said, and nothing went wrong.
+_TOLD: frozenset[_Status] = frozenset({"finished", "stopped"})
+
+
+# ---- Messages --------------------------------------------------------------------------------------------------------
+
+
+class Message(TypedDict):
+    """One entry of the scratchpad, in the shape that model clients take."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A citation: yield one from an answerer, and it shows as a link under the reply."""
+
+    url: str
+    title: str = ""
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What the answerer has said to one message.
+
+    Attributes:
+        id: The ``messageId`` on the wire, random and never used again.
+        in_reply_to: The visitor's id of the message that it answers.
+        text: The words so far.
+        sources: The citations so far.
+        status: ``streaming``, or how the reply ended.
+
+    """
+
+    id: str
+    in_reply_to: str
+    text: str
+    sources: list[Source]
+    status: _Status
+
+
+class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One session as it is stored: never a word that the visitor typed.
+
+    Attributes:
+        id: The session's id, random.
+        started_at: UTC.
+        ended_at: UTC, or None while the session is open.
+        end_reason: Why it ended: ``idle``, ``visitor``, ``dropped``, ``restart`` or ``replaced``.
+        turns: Replies that were finished or stopped.
+        visitor: What the ``visitor`` option said of the token request.
+        reply: The last reply, on a row that ended as ``dropped``, ``restart`` or ``replaced``, for ``reply_ttl`` seconds.
+
+    """
+
+    id: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    end_reason: _EndReason | None = None
+    turns: int = 0
+    visitor: str | None = None
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What an answerer is given.
+
+    Attributes:
+        message: The visitor's words.
+        messages: The scratchpad, oldest first, this message last; plain dicts, a copy of your own.
+        session: The session's row as it stands.
+        app: The host's application, for its state and its stores.
+
+    """
+
+    message: str
+    messages: list[Message]
+    session: SessionRow
+    app: Litestar
+
+
+_Id: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+
+
+class _MessageFrame(msgspec.Struct, tag_field="type", tag="message"):
+    id: _Id
+    text: str
+
+
+class _StopFrame(msgspec.Struct, tag_field="type", tag="stop"):
+    id: str | None = None
+
+
+class _StayFrame(msgspec.Struct, tag_field="type", tag="stay"):
+    pass
+
+
+class _EndFrame(msgspec.Struct, tag_field="type", tag="end"):
+    pass
+
+
+class _PongFrame(msgspec.Struct, tag_field="type", tag="pong"):
+    pass
+
+
+_Frame: TypeAlias = _MessageFrame | _StopFrame | _StayFrame | _EndFrame | _PongFrame
+_decode: Callable[[str], _Frame] = msgspec.json.Decoder(_Frame).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def _find_id(text: str) -> str | None:
+    """Find the id in a frame that is not valid as a whole, so that the page knows which message was refused."""
+    try:
+        return msgspec.convert(json.loads(text)["id"], _Id)
+    except (ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError):
+        return None
+
+
+def _whole(text: str) -> str:
+    """Make *text* fit for UTF-8: surrogate pairs become their character, lone halves U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+_Pieces: TypeAlias = AsyncIterable[str | Source]
+_Answerer: TypeAlias = Callable[[Chat], _Pieces | Coroutine[Any, Any, str | _Pieces]]
+_SaveRow: TypeAlias = Callable[[SessionRow], Awaitable[None]]
+
+
+class _RowKeeper(Protocol):
+    """What ``rows`` may be, if a row shall outlive its process: an object of the host's."""
+
+    async def save(self, row: SessionRow, /) -> None:
+        """Keep *row* in place of an earlier one with its id."""
+
+    async def load(self, session_id: str, /) -> SessionRow | None:
+        """Return the row of *session_id*, or None."""
+
+
+def _is_async(function: Any) -> bool:
+    """Tell whether calling *function* gives a coroutine: a function, a partial of one, or an object that is called."""
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - its kind is asked, not whether it is there
+
+
+def _is_answerer(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    calls = (function, getattr(function, "__call__", None))  # noqa: B004 - as above
+    return _is_async(function) or any(inspect.isasyncgenfunction(each) for each in calls)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9/._~-]*", value) is not None
+
+
+def _is_secret(value: Any) -> bool:
+    keys = [value] if value is None or isinstance(value, (str, bytes)) else value
+    return isinstance(keys, (list, tuple)) and len(keys) > 0 and all(key is value is None or _is_key(key) for key in keys)
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) and len(_as_bytes(value)) >= _MIN_SECRET
+
+
+def _as_bytes(key: str | bytes) -> bytes:
+    return key.encode() if isinstance(key, str) else key
+
+
+def _are_origins(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return is_list and all(isinstance(each, str) and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", each, re.IGNORECASE) for each in value)
+
+
+def _are_rows(value: Any) -> bool:
+    if value is None or isinstance(value, Store):
+        return True
+    if isinstance(value, str):
+        return value != ""
+    return _is_async(value) or (_is_async(getattr(value, "save", None)) and _is_async(getattr(value, "load", None)))
+
+
+def _is_optional_callable(value: Any) -> bool:
+    return value is None or callable(value)
+
+
+_DURATION = (lambda value: _is_number(value) and value > 0, "a number of seconds above 0")
+_PAUSE = (lambda value: _is_number(value) and value >= 0, "a number of seconds, 0 or more")
+_COUNT = (lambda value: type(value) is int and value >= 1, "a whole number, 1 or more")
+_LIST = (lambda value: isinstance(value, Sequence) and not isinstance(value, str), "a list")
+
+#: For each field: what its value must satisfy, and how to say so.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "path": (_is_path, "a path such as '/chat', without parameters"),
+    "secret": (_is_secret, f"a key, or a list of keys, each of {_MIN_SECRET} bytes or more"),
+    "greeting": (lambda value: isinstance(value, str) or callable(value), "text, or a callable that returns it"),
+    **dict.fromkeys(("scratchpad_ttl", "idle_timeout", "token_ttl", "reply_ttl", "chunk_timeout"), _DURATION),
+    **dict.fromkeys(("answer_timeout", "send_timeout", "ping_interval"), _DURATION),
+    **dict.fromkeys(("idle_warning", "shutdown_grace"), _PAUSE),
+    **dict.fromkeys(("scratchpad_turns", "max_sessions", "max_sessions_per_client", "tokens_per_minute"), _COUNT),
+    **dict.fromkeys(("messages_per_minute", "max_message_chars", "max_reply_chars"), _COUNT),
+    "max_pending": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
+    "allowed_origins": (_are_origins, "a list of origins such as 'https://www.example.com', without a path or a wildcard"),
+    "client_address": (_is_optional_callable, "a callable from the connection to an address"),
+    "rows": (_are_rows, "an async save(row), an object with async save(row) and load(session_id), or a store or its name"),
+    "visitor": (_is_optional_callable, "a callable from the token request to an id or None"),
+    "serve_widget": (lambda value: isinstance(value, bool), "True or False"),
+    **dict.fromkeys(("guards", "middleware"), _LIST),
+    "opt": (lambda value: isinstance(value, Mapping), "a mapping"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSessionConfig:
+    """All that can be set; times are in seconds, lengths in Unicode code points.
+
+    Attributes:
+        path: Where the routes are mounted.
+        secret: The key that signs tokens, or a list of keys (the first signs, all verify), each of 32 bytes or more.
+            None reads ``CHAT_SESSION_SECRET``, and without that makes a random key for this process.
+        greeting: Text, or a callable from the connection to text, sync or async.
+        scratchpad_turns: Turns kept, the one being answered included.
+        scratchpad_ttl: How long a scratchpad is kept after its last turn.
+        idle_timeout: Time without a message before a gentle close.
+        idle_warning: Time before that close that the visitor is warned; 0 for no warning.
+        token_ttl: How long a token can open a session.
+        reply_ttl: How long an ended session's reply waits for its visitor.
+        chunk_timeout: The longest silence of an answerer, after which the reply fails.
+        answer_timeout: The longest reply, after which it fails.
+        send_timeout: A visitor who reads nothing for this long has left.
+        ping_interval: Time between pings; no frame for 10 s more means that the visitor has left.
+        shutdown_grace: Time that running replies get at shutdown.
+        allowed_origins: Origins besides the app's own, such as ``https://www.example.com``.
+        max_sessions: Open sessions in this process.
+        max_sessions_per_client: Open sessions of one address.
+        tokens_per_minute: Token requests of one address.
+        client_address: A callable from the connection to the visitor's address. None takes the peer's, and does not
+            limit one that is not global, since that is a proxy or a test.
+        messages_per_minute: Messages of one session.
+        max_message_chars: The longest message.
+        max_reply_chars: The longest reply; what is longer is cut and ends as finished.
+        max_pending: Messages of one session that may wait behind the one being answered.
+        rows: Where rows go besides memory: an async ``save(row)``, an object with async ``save(row)`` and
+            ``load(session_id)``, a Litestar store, or the name of one in the app's registry.
+        visitor: A callable, sync or async, from the token request to the id of a signed-in visitor, or None.
+        serve_widget: Whether to serve ``widget.js`` from beside this module.
+        guards, middleware, opt: Handed to every route that the plugin mounts.
+
+    Raises:
+        ImproperlyConfiguredException: If a value makes no sense; it names the field and the value, never a secret.
+
+    """
+
+    path: str = "/chat"
+    secret: str | bytes | Sequence[str | bytes] | None = field(default=None, repr=False)
+    greeting: str | Callable[[_Connection], str | Awaitable[str]] = "Hi! How can I help?"
+    scratchpad_turns: int = 6
+    scratchpad_ttl: float = 180.0
+    idle_timeout: float = 300.0
+    idle_warning: float = 60.0
+    token_ttl: float = 60.0
+    reply_ttl: float = 600.0
+    chunk_timeout: float = 60.0
+    answer_timeout: float = 300.0
+    send_timeout: float = 10.0
+    ping_interval: float = 25.0
+    shutdown_grace: float = 10.0
+    allowed_origins: Sequence[str] = ()
+    max_sessions: int = 10_000
+    max_sessions_per_client: int = 50
+    tokens_per_minute: int = 30
+    client_address: Callable[[_Connection], str] | None = None
+    messages_per_minute: int = 20
+    max_message_chars: int = 4_000
+    max_reply_chars: int = 32_000
+    max_pending: int = 4
+    rows: _SaveRow | _RowKeeper | Store | str | None = None
+    visitor: Callable[[Request[Any, Any, Any]], str | Awaitable[str | None] | None] | None = None
+    serve_widget: bool = True
+    guards: Sequence[Guard] = ()
+    middleware: Sequence[Middleware] = ()
+    opt: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse nonsense by name and value, before anything is served with it."""
+        for name, (is_right, rule) in _RULES.items():
+            value = getattr(self, name)
+            if not is_right(value):
+                shown = "what it is" if name == "secret" else repr(value)
+                raise ImproperlyConfiguredException(f"ChatSessionConfig.{name} must be {rule}, not {shown}")
+        if self.idle_warning > self.idle_timeout:
+            raise ImproperlyConfiguredException(
+                f"ChatSessionConfig.idle_warning must be at most idle_timeout, {self.idle_timeout!r}, "
+                f"not {self.idle_warning!r}"
+            )
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """The right to open one session: ``v1.<session>.<expiry>.<origin>.<previous>.<visitor>.<MAC>``.
+
+    Attributes:
+        session: The id of the session that it opens.
+        expires: Unix time in seconds, written with three decimals and so with a dot of its own.
+        origin: A digest of the origin that asked for it; empty where there was none.
+        previous: The session whose reply shall be carried over, or empty.
+        visitor: The id of a signed-in visitor, or None.
+
+    """
+
+    session: str
+    expires: float
+    origin: str = ""
+    previous: str = ""
+    visitor: str | None = None
+
+    def sign(self, key: bytes) -> str:
+        """Return the token's text."""
+        visitor = "" if self.visitor is None else "~" + _base64(self.visitor.encode("utf-8", "replace"))
+        text = f"v1.{self.session}.{self.expires:.3f}.{self.origin}.{self.previous}.{visitor}"
+        return f"{text}.{_mac(key, text)}"
+
+    @classmethod
+    def verify(cls, keys: Sequence[bytes], text: str) -> _Token | None:
+        """Return the token if one of *keys* signed exactly this *text*, expired or not, else None."""
+        signed, _, mac = text.rpartition(".")
+        if len(text) > _MAX_TOKEN or not text.isascii():
+            return None
+        if not any([hmac.compare_digest(_mac(key, signed), mac) for key in keys]):
+            return None
+        _, session, seconds, millis, origin, previous, visitor = signed.split(".")
+        name = base64.urlsafe_b64decode(visitor[1:] + "==").decode() if visitor else None
+        return cls(session, float(f"{seconds}.{millis}"), origin, previous, name)
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _mac(key: bytes, text: str) -> str:
+    """Authenticate *text* by HMAC-SHA256 (RFC 2104) in a context of its own, so that no other use of *key* collides."""
+    return _base64(hmac.digest(key, b"chat_session token\0" + text.encode(), "sha256"))
+
+
+def _digest(origin: str | None) -> str:
+    return _base64(hashlib.sha256(origin.lower().encode()).digest()[:12]) if origin else ""
+
+
+def _find_keys(secret: str | bytes | Sequence[str | bytes] | None) -> list[bytes]:
+    """Return the signing keys, the first of which signs: as configured, from the environment, or made up.
+
+    Raises:
+        ImproperlyConfiguredException: If the key in the environment is too short.
+
+    """
+    if secret is None and (secret := os.environ.get(_ENV_SECRET)):
+        if not _is_key(secret):
+            raise ImproperlyConfiguredException(f"{_ENV_SECRET} must be a key of {_MIN_SECRET} bytes or more")
+    elif not secret:
+        _log.warning(
+            "no secret is set, so this process signs chat tokens with a random key: with several workers, or after "
+            "a restart, a visitor's token is refused elsewhere and replies are not carried over; set %s or "
+            "ChatSessionConfig.secret",
+            _ENV_SECRET,
+        )
+        return [secrets.token_bytes(_MIN_SECRET)]
+    return [_as_bytes(key) for key in ([secret] if isinstance(secret, (str, bytes)) else secret)]
+
+
+# ---- Who may come, and how often -------------------------------------------------------------------------------------
+
+
+def _is_welcome(connection: _Connection, allowed: Sequence[str]) -> bool:
+    """Tell whether *connection* comes from the app's own origin, an allowed one, or no browser at all."""
+    headers = connection.headers
+    origin = headers.get("origin")
+    if origin is None:
+        return True
+    if origin == "null":
+        return False
+    scheme, _, place = origin.lower().partition("://")
+    is_own = _without_port(place, scheme) == _without_port(headers.get("host", "").lower(), scheme)
+    is_named = origin.lower() in (each.lower() for each in allowed)
+    return is_named or (is_own and place != "") or headers.get("sec-fetch-site") == "same-origin"
+
+
+def _without_port(host: str, scheme: str) -> str:
+    """Drop the port that *scheme* implies; browsers leave it out of an origin, and some proxies put it into ``Host``."""
+    return host.removesuffix({"https": ":443", "http": ":80"}.get(scheme, "\0"))
+
+
+def _network(address: str) -> str:
+    """Return what *address* is counted as: an IPv6 visitor commands a whole /64 (RFC 6177), and mapped IPv4 is IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
+    return str(parsed)
+
+
+def _is_global(address: str) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_global
+
+
+class _Rate:
+    """So many a minute, counted by the generic cell rate algorithm (ITU-T I.371): one number, no list of times."""
+
+    __slots__ = ("_allowance", "_due", "_interval")
+
+    def __init__(self, per_minute: int) -> None:
+        self._interval = 60.0 / per_minute
+        self._allowance = 60.0 - self._interval
+        self._due = 0.0
+
+    def wait(self, now: float) -> int:
+        """Take one and return 0, or return the whole seconds after which one can be taken."""
+        late = max(self._due, now) - now - self._allowance
+        if late > 1e-9:
+            return math.ceil(late)
+        self._due = max(self._due, now) + self._interval
+        return 0
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# ---- Scratchpads -----------------------------------------------------------------------------------------------------
+
+_Turn: TypeAlias = tuple[Message, ...]
+_Talk: TypeAlias = tuple[tuple[_Turn, ...], Message]  # the turns before, and the question that is being answered
+
+
+class _Scratchpads:
+    """Session id to turns, the only memory of what a visitor typed.
+
+    ``TTLCache`` counts from the last assignment and hides what has expired until someone looks, so every turn is
+    assigned anew and followed by a sweep. It has room for every open session, so it never evicts a live one.
+    """
+
+    def __init__(self, config: ChatSessionConfig) -> None:
+        self._limit = config.scratchpad_turns
+        self._cache: TTLCache[str, tuple[_Turn, ...]] = TTLCache(config.max_sessions, config.scratchpad_ttl, timer=_now)
+
+    def earlier(self, session_id: str) -> tuple[_Turn, ...]:
+        """Return the turns that leave room for one more, oldest first."""
+        turns = self._cache.get(session_id, ())
+        return turns[max(0, len(turns) + 1 - self._limit) :]
+
+    def keep(self, session_id: str, turns: tuple[_Turn, ...]) -> None:
+        self._cache[session_id] = turns
+        asyncio.get_running_loop().call_later(self._cache.ttl + 0.05, self._cache.expire)
+
+    def drop(self, session_id: str) -> None:
+        self._cache.pop(session_id, None)
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+class _StoreRows:
+    """Rows in a Litestar store, where each carries its own expiry; 0 would mean never (``Store.set``)."""
+
+    def __init__(self, store: Store, reply_ttl: float) -> None:
+        self._store = store
+        self._reply_ttl = max(1, math.ceil(reply_ttl))
+
+    async def save(self, row: SessionRow, /) -> None:
+        lifetime = _OPEN_ROW_TTL if row.ended_at is None else self._reply_ttl
+        await self._store.set(f"chat_session.{row.id}", msgspec.json.encode(row), expires_in=lifetime)
+
+    async def load(self, session_id: str, /) -> SessionRow | None:
+        data = await self._store.get(f"chat_session.{session_id}")
+        return None if data is None else msgspec.json.decode(data, type=SessionRow)
+
+
+class _Rows:
+    """Saves each session's rows in order, by one writer, which never delays a greeting or a word."""
+
+    def __init__(self, config: ChatSessionConfig) -> None:
+        self._config = config
+        self._save: _SaveRow | None = None
+        self._load: Callable[[str], Awaitable[SessionRow | None]] | None = None
+        self._queues: dict[str, deque[SessionRow]] = {}
+        self._writers: set[asyncio.Task[None]] = set()
+
+    def bind(self, app: Litestar) -> None:
+        """Look the keeper up, which needs the app where it goes by the name of a store."""
+        rows: Any = app.stores.get(self._config.rows) if isinstance(self._config.rows, str) else self._config.rows
+        keeper = _StoreRows(rows, self._config.reply_ttl) if isinstance(rows, Store) else rows
+        self._save = getattr(keeper, "save", keeper)
+        self._load = getattr(keeper, "load", None)
+
+    @property
+    def can_load(self) -> bool:
+        return self._load is not None
+
+    def put(self, row: SessionRow) -> None:
+        """Have *row* saved behind the session's earlier ones."""
+        if self._save is None:
+            return
+        if row.id in self._queues:
+            self._queues[row.id].append(row)
+            return
+        self._queues[row.id] = deque([row])
+        writer = asyncio.get_running_loop().create_task(self._write(self._save, self._queues[row.id], row.id))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+
+    async def _write(self, save: _SaveRow, queue: deque[SessionRow], session_id: str) -> None:
+        while queue:
+            await self._guard(save(queue.popleft()), "saved", session_id, _SAVE_TIMEOUT)
+        del self._queues[session_id]
+
+    async def load(self, session_id: str) -> SessionRow | None:
+        """Return the row of *session_id*; None also where the keeper fails or is slow."""
+        if self._load is None:
+            return None
+        return await self._guard(self._load(session_id), "loaded", session_id, _LOAD_TIMEOUT)
+
+    async def _guard(self, call: Awaitable[Any], what: str, session_id: str, limit: float) -> Any:
+        try:
+            async with asyncio.timeout(limit):
+                return await call
+        except BaseException as error:
+            if _is_cancelled(error):
+                raise
+            _log.error("the row of session %s was not %s: %s", session_id, what, _tell(error))
+        return None
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until all is saved, *seconds* at most."""
+        if self._writers:
+            await asyncio.wait(self._writers, timeout=seconds)
+        if self._queues:
+            _log.error("the rows of %d sessions were not saved before the process went", len(self._queues))
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Tell the end of this very task from what host code raises, be it a ``CancelledError`` of its own."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _tell(error: BaseException, *, debug: bool = False) -> str:
+    """Describe *error* by its type and frames; its message may quote a visitor, so only a debugging host sees it."""
+    if debug:
+        return "".join(traceback.format_exception(error)).rstrip()
+    return "\n".join([type(error).__qualname__, *traceback.format_tb(error.__traceback__)]).rstrip()
+
+
+# ---- The conversation ------------------------------------------------------------------------------------------------
+
+
+class _WrongAnswerError(TypeError):
+    """An answerer gave what is neither words nor a source; the message is ours, so the log may show it."""
+
+
+async def _ask(answer: _Answerer, chat: Chat) -> AsyncIterator[str | Source]:
+    """Call the host's answerer and return what it streams."""
+    said = answer(chat)
+    pieces = await said if inspect.isawaitable(said) else said
+    if isinstance(pieces, str):
+        return _once(pieces)
+    if isinstance(pieces, AsyncIterable):
+        return aiter(pieces)
+    raise _WrongAnswerError(f"it returned {type(pieces).__name__}, neither str nor an async iterable: is a yield missing?")
+
+
+async def _once(text: str) -> AsyncIterator[str]:
+    yield text
+
+
+class _Answer:
+    """A reply: asks the answerer in a task of its own, and tells whichever line listens."""
+
+    __slots__ = (
+        *("_born", "_desk", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer"),
+        *("id", "in_reply_to", "owner", "pasts", "sources", "status"),
+    )
+
+    def __init__(self, desk: _Desk, reply: Reply) -> None:
+        self.id = reply.id
+        self.in_reply_to = reply.in_reply_to
+        self.status: _Status = reply.status
+        self.sources = list(reply.sources)
+        self.owner: _Conversation | None = None
+        self.pasts: list[_Past] = []
+        self._desk = desk
+        self._parts = [reply.text] if reply.text else []
+        self._room = desk.config.max_reply_chars
+        self._half = ""
+        self._line: _Line | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, chat: Chat, owner: _Conversation) -> None:
+        """Ask the answerer. Only its task's own frames hold *chat*, so it goes when they go (decision 9)."""
+        loop = asyncio.get_running_loop()
+        self.owner = owner
+        self._born = self._heard = loop.time()
+        self._timer = loop.call_later(min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout), self._watch)
+        self._task = loop.create_task(self._run(chat))
+        self._task.add_done_callback(self._free)
+        self._desk.answers[self] = self._task
+
+    def attach(self, line: _Line) -> None:
+        """Tell *line* all there is, and from then on what comes; nothing here waits (decision 4)."""
+        self._line = line
+        line.post("start", messageId=self.id, messageMetadata={"inReplyTo": self.in_reply_to})
+        if self._parts:
+            line.post("text-start", id=self.id)
+            line.words(self.id, self.text)
+        for number in range(len(self.sources)):
+            self._post_source(number)
+        if self.status != "streaming":
+            self._post_end()
+
+    def detach(self) -> None:
+        """Go on without a listener."""
+        self.owner = self._line = None
+
+    @property
+    def text(self) -> str:
+        self._parts = ["".join(self._parts)] if self._parts else []
+        return "".join(self._parts)
+
+    @property
+    def reply(self) -> Reply:
+        return Reply(self.id, self.in_reply_to, self.text, list(self.sources), self.status)
+
+    def end(self, status: _Status) -> None:
+        """End the reply, once; what comes later changes nothing."""
+        if self.status != "streaming":
+            return
+        half, self._half = self._half, ""
+        if half and self._room:
+            self._say("\ufffd")
+        self.status = status
+        self._timer.cancel()
+        self._post_end()
+        for past in list(self.pasts):
+            past.save()
+        if self.owner is not None:
+            self.owner.replied(self)
+
+    def halt(self, status: _Status) -> None:
+        """End the reply from outside: at once for the visitor; the answerer gets a few seconds to clean up."""
+        self.end(status)
+        if self._task is not None and self in self._desk.answers:
+            self._task.cancel()
+            asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
+
+    def _abandon(self) -> None:
+        if self in self._desk.answers:
+            _log.error("answerer %s did not stop within %g s of reply %s's end; it is left to itself", self._desk.answerer, _STOP_GRACE, self.id)
+            self._free()
+
+    def _free(self, _task: object = None) -> None:
+        """Let the next message have its turn, now that the answerer is done or given up."""
+        if self._desk.answers.pop(self, None) is not None and self.owner is not None:
+            self.owner.freed()
+
+    async def _run(self, chat: Chat) -> None:
+        try:
+            await self._read(await _ask(self._desk.answer, chat))
+        except BaseException as error:
+            was_streaming = self.status == "streaming"
+            if _is_cancelled(error):
+                self.end("interrupted")
+                return
+            self.end("failed")
+            self._complain(error, "failed on" if was_streaming else "raised after the end of")
+
+    def _complain(self, error: BaseException, what: str) -> None:
+        is_ours = isinstance(error, _WrongAnswerError)
+        told = str(error) if is_ours else _tell(error, debug=self._desk.debug)
+        _log.error("answerer %s %s reply %s: %s", self._desk.answerer, what, self.id, told)
+
+    async def _read(self, pieces: AsyncIterator[str | Source]) -> None:
+        count = 0
+        try:
+            async for piece in pieces:
+                self._take(piece)
+                if self.status != "streaming":
+                    return
+                count += 1
+                if count % _BREATH == 0:
+                    await asyncio.sleep(0)
+            self.end("finished")
+        finally:
+            if (close := getattr(pieces, "aclose", None)) is not None:
+                await close()
+
+    def _take(self, piece: object) -> None:
+        self._heard = _now()
+        if self.status != "streaming":
+            return
+        if isinstance(piece, str):
+            self._say(self._join(piece))
+        elif isinstance(piece, Source) and isinstance(piece.url, str) and isinstance(piece.title, str):
+            self.sources.append(Source(_whole(piece.url), _whole(piece.title)))
+            self._post_source(len(self.sources) - 1)
+        else:
+            raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
+
+    def _join(self, text: str) -> str:
+        """Hold back half a surrogate pair at the end of *text*, for the next words may bring the other half."""
+        if text.isascii() and not self._half:
+            return text
+        text = self._half + text
+        self._half = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        return _whole(text[: len(text) - len(self._half)])
+
+    def _say(self, text: str) -> None:
+        is_too_long = len(text) > self._room
+        if text := text[: self._room]:
+            self._room -= len(text)
+            if self._line is not None:
+                if not self._parts:
+                    self._line.post("text-start", id=self.id)
+                self._line.words(self.id, text)
+            self._parts.append(text)
+        if is_too_long:
+            self._half = ""
+            self.end("finished")
+
+    def _post_source(self, number: int) -> None:
+        source = self.sources[number]
+        if self._line is not None:
+            self._line.post("source-url", sourceId=f"{self.id}-{number}", url=source.url, title=source.title)
+
+    def _post_end(self) -> None:
+        line, self._line = self._line, None
+        if line is None:
+            return
+        if self._parts:
+            line.post("text-end", id=self.id)
+        if self.status == "finished":
+            line.post("finish")
+        elif self.status == "failed":
+            line.post("error", errorText=_ERROR_TEXT)
+        else:
+            line.post("abort", reason=self.status)
+
+    def _watch(self) -> None:
+        """Fail an answerer that is silent or long-winded: one timer for a reply, moved on only when it rings."""
+        config = self._desk.config
+        due = min(self._heard + config.chunk_timeout, self._born + config.answer_timeout)
+        if _now() < due:
+            self._timer = asyncio.get_running_loop().call_at(due, self._watch)
+            return
+        _log.error("answerer %s took too long over reply %s", self._desk.answerer, self.id)
+        self.halt("failed")
+
+
+class _Past:
+    """An ended session whose last reply waits for its visitor."""
+
+    def __init__(self, desk: _Desk, row: SessionRow, answer: _Answer, *, is_own: bool) -> None:
+        self.answer = answer
+        self.holder: _Conversation | None = None
+        self._desk = desk
+        self._row = row
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_unfinished_turn = is_own and answer.status == "streaming"
+        answer.pasts.append(self)
+        desk.remember(row.id, self)
+        self.save()
+
+    def save(self) -> None:
+        """Save the row with the reply as it is; once that has ended, its time runs."""
+        status = self.answer.status
+        if self._is_unfinished_turn and status in _TOLD:
+            self._row = msgspec.structs.replace(self._row, turns=self._row.turns + 1)
+        if status != "streaming":
+            self._timer = asyncio.get_running_loop().call_later(self._desk.config.reply_ttl, self.forget)
+        self._desk.rows.put(msgspec.structs.replace(self._row, reply=self.answer.reply))
+
+    def forget(self) -> None:
+        """Let the stored reply go: its visitor has it, or has stayed away too long."""
+        if self._desk.past.pop(self._row.id, None) is None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self.answer.pasts.remove(self)
+        self._desk.rows.put(self._row)
+
+
+#: What the visitor can do about a message that is not taken.
+_DETAILS: dict[str, str] = {
+    "invalid": "This is not a frame of chat-session.v1.",
+    "empty": "There is nothing to send yet: write a few words.",
+    "too-long": "This message is too long: shorten it to {limit} characters.",
+    "too-many": "Too many messages are waiting: send this one again after the next reply.",
+    "rate-limited": "You write faster than we can read: send this again in {wait} s.",
+    "cancelled": "You took this message back.",
+}
+
+
+class _Conversation:
+    """One open session: what its visitor may do, decided without waiting for anything."""
+
+    __slots__ = (
+        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate"),
+        *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
+    )
+
+    def __init__(self, desk: _Desk, token: _Token, address: str | None, line: _Line) -> None:
+        self.row = SessionRow(id=token.session, started_at=_utc(), visitor=token.visitor)
+        self.address = address
+        self.is_over = False
+        self._desk = desk
+        self._line = line
+        self._rate = _Rate(desk.config.messages_per_minute)
+        self._waiting: dict[str, str] = {}
+        self._taken: set[str] = set()
+        self._talk: _Talk | None = None
+        self._answer: _Answer | None = None
+        self._last: _Answer | None = None
+        self._carried: _Answer | None = None
+        self._past: _Past | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._invalid = 0
+
+    def open(self, greeting: str, previous: str) -> None:
+        """Greet the visitor, and bring what an earlier connection owes them."""
+        config = self._desk.config
+        self._line.post(
+            "session-start",
+            sessionId=self.row.id,
+            greeting=greeting,
+            idleTimeout=config.idle_timeout,
+            pingInterval=config.ping_interval,
+            maxMessageChars=config.max_message_chars,
+            maxPending=config.max_pending,
+        )
+        self._desk.rows.put(self.row)
+        self._rest()
+        if (past := self._desk.past.get(previous)) is not None:
+            self._adopt(past)
+        elif previous and self._desk.rows.can_load:
+            self._settling = asyncio.get_running_loop().create_task(self._fetch(previous))
+
+    # What the visitor does.
+
+    def message(self, message_id: str, text: str) -> None:
+        """Take a message, recognise it as answered already, or say why not."""
+        self._rest()
+        if message_id in self._taken:
+            return
+        if (carried := self._find_carried(message_id)) is not None:
+            self._recognise(carried, message_id, text)
+        elif (code := self._find_fault(text)) is not None:
+            self.reject(message_id, code)
+        elif wait := self._rate.wait(_now()):
+            self.reject(message_id, "rate-limited", wait)
+        else:
+            self._taken.add(message_id)
+            self._waiting[message_id] = text
+            self._proceed()
+
+    def stop(self, message_id: str | None) -> None:
+        """Stop the running reply, or take a waiting message back."""
+        if message_id is not None and self._waiting.pop(message_id, None) is not None:
+            self._taken.discard(message_id)
+            self.reject(message_id, "cancelled")
+        elif (running := self._running) is not None and message_id in (None, running.in_reply_to):
+            running.halt("stopped")
+
+    def stay(self) -> None:
+        """Answer the idle warning."""
+        self._rest()
+
+    def leave(self) -> None:
+        """Say goodbye: what runs is stopped."""
+        self.stop(None)
+        self.end("visitor")
+
+    def invalid(self, message_id: str | None) -> None:
+        """Refuse a frame that we cannot read; the third is the last."""
+        self.reject(message_id, "invalid")
+        self._invalid += 1
+        if self._invalid == _INVALID_LIMIT:
+            self.drop(_Close.INVALID)
+
+    def heard(self) -> None:
+        """Note that the page listens, and so has a carried reply that was sent there to its end."""
+        past = self._past
+        if past is not None and past.answer.status != "streaming" and self._line.is_quiet:
+            self._past = None
+            past.forget()
+
+    # How a session ends.
+
+    def end(self, reason: _EndReason) -> None:
+        """Tell the visitor that the session is over, and why."""
+        if not self.is_over:
+            self._line.post("session-end", reason=reason)
+            self._line.hang_up(_Close.RESTART if reason == "restart" else _Close.DONE)
+            self._finish(reason)
+
+    def drop(self, code: _Close) -> None:
+        """Hang up without a word: the page may come back."""
+        self._line.hang_up(code)
+        self.gone(None)
+
+    def gone(self, code: int | None) -> None:
+        """Note that the connection is lost; a server that closes it says 1012."""
+        if not self.is_over:
+            self._finish("restart" if code == _Close.RESTART or self._desk.is_draining else "dropped")
+
+    def drain(self) -> None:
+        """End for a restart, now or as soon as the running reply has ended."""
+        if self._running is None:
+            self.end("restart")
+
+    def _finish(self, reason: _EndReason) -> None:
+        self.is_over = True
+        self._desk.forget(self)
+        self._waiting.clear()
+        self._talk = None
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._settling is not None:
+            self._settling.cancel()
+        if self._answer is not None and self._answer.owner is self:
+            self._answer.detach()
+        self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
+        if reason in _CARRIED and self._last is not None:
+            _Past(self._desk, self.row, self._last, is_own=self._last is not self._carried)
+        else:
+            self._desk.rows.put(self.row)
+        _log.info("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
+
+    # Asking, one at a time.
+
+    @property
+    def _running(self) -> _Answer | None:
+        """The reply that the visitor sees running; its answerer may have a moment longer to clean up."""
+        return self._answer if self._answer is not None and self._answer.status == "streaming" else None
+
+    def _find_fault(self, text: str) -> str | None:
+        config = self._desk.config
+        if len(text) > config.max_message_chars:
+            return "too-long"
+        if not text.strip():
+            return "empty"
+        room = config.max_pending + (self._running is None)
+        return "too-many" if len(self._waiting) >= room else None
+
+    def reject(self, message_id: str | None, code: str, wait: int = 0) -> None:
+        """Say why a message is not taken, and what the visitor can do about it."""
+        detail = _DETAILS[code].format(limit=self._desk.config.max_message_chars, wait=wait)
+        extra = {"retryAfter": wait} if wait else {}
+        self._line.post("message-rejected", id=message_id, code=code, detail=detail, **extra)
+
+    def _proceed(self) -> None:
+        """Ask the answerer the oldest message that waits, once the reply before it has ended."""
+        if self.is_over or self._settling is not None or self._answer is not None or not self._waiting:
+            return
+        message_id = next(iter(self._waiting))
+        question = Message(role="user", content=self._waiting.pop(message_id))
+        earlier = self._desk.pads.earlier(self.row.id)
+        self._talk = (earlier, question)
+        messages = [message.copy() for turn in (*earlier, (question,)) for message in turn]
+        self._answer = self._last = _Answer(self._desk, _new_reply(message_id))
+        self._answer.attach(self._line)
+        self._answer.start(Chat(question["content"], messages, self.row, self._desk.app), self)
+
+    def replied(self, answer: _Answer) -> None:
+        """Note the end of the running reply; what was said goes onto the scratchpad."""
+        if answer.status in _TOLD:
+            if answer is not self._carried:
+                self.row = msgspec.structs.replace(self.row, turns=self.row.turns + 1)
+            self._remember(self._talk, answer)
+        self._talk = None
+        self._rest()
+        if self._desk.is_draining:
+            self.end("restart")
+
+    def freed(self) -> None:
+        """Go on, now that the answerer is done with the last reply."""
+        self._answer = None
+        self._proceed()
+
+    def _remember(self, talk: _Talk | None, answer: _Answer) -> None:
+        if talk is not None and not self.is_over:
+            earlier, question = talk
+            said = (Message(role="assistant", content=answer.text),) if answer.text else ()
+            self._desk.pads.keep(self.row.id, (*earlier, (question, *said)))
+
+    # Coming back after a drop.
+
+    async def _fetch(self, session_id: str) -> None:
+        """Ask the keeper of the rows for a reply that this process does not know; messages wait meanwhile."""
+        row = await self._desk.rows.load(session_id)
+        self._settling = None
+        if row is not None and row.reply is not None:
+            status = "interrupted" if row.reply.status == "streaming" else row.reply.status
+            answer = _Answer(self._desk, msgspec.structs.replace(row.reply, status=status))
+            self._adopt(_Past(self._desk, msgspec.structs.replace(row, reply=None), answer, is_own=False))
+        self._proceed()
+
+    def _adopt(self, past: _Past) -> None:
+        """Send the reply that *past* has kept, and go on with it if it is still being written."""
+        if past.holder is not None:
+            past.holder.end("replaced")
+        past.holder = self
+        self._past, answer = past, past.answer
+        self._carried = self._last = answer
+        if answer.status == "streaming":
+            self._answer = answer
+            answer.owner = self
+        answer.attach(self._line)
+        if answer.in_reply_to in self._waiting and self._find_carried(answer.in_reply_to):
+            self._recognise(answer, answer.in_reply_to, self._waiting.pop(answer.in_reply_to))
+
+    def _find_carried(self, message_id: str) -> _Answer | None:
+        """Find the carried reply that answers the message, unless it went wrong and shall be given anew."""
+        carried = self._carried
+        is_it = carried is not None and carried.in_reply_to == message_id and carried.status in (*_TOLD, "streaming")
+        return carried if is_it else None
+
+    def _recognise(self, carried: _Answer, message_id: str, text: str) -> None:
+        """Put the turn that the carried reply answers onto the new scratchpad, at once or when the reply ends."""
+        self._taken.add(message_id)
+        talk = (self._desk.pads.earlier(self.row.id), Message(role="user", content=text))
+        if carried.status == "streaming":
+            self._talk = talk
+        else:
+            self._remember(talk, carried)
+
+    # Idling.
+
+    def _rest(self) -> None:
+        """Start the idle time anew; the timer that runs already finds out when it rings."""
+        self._quiet = _now()
+        self._warned = False
+        if self._idle is None and not self.is_over:
+            self._look_idle()
+
+    def _look_idle(self) -> None:
+        """Warn or end a session in which nothing is said; a running reply starts the time anew when it ends."""
+        config, idle = self._desk.config, _now() - self._quiet
+        warn_at = config.idle_timeout - config.idle_warning
+        self._idle = None
+        if self._running is not None:
+            return
+        if idle >= config.idle_timeout:
+            self.end("idle")
+            return
+        if idle >= warn_at and not self._warned and config.idle_warning:
+            self._warned = True
+            self._line.post("session-idle", closesIn=round(config.idle_timeout - idle, 3))
+        due = config.idle_timeout if idle >= warn_at else warn_at
+        self._idle = asyncio.get_running_loop().call_at(self._quiet + due, self._look_idle)
+
+
+def _utc() -> datetime:
+    return datetime.now(UTC)
+
+
+def _new_reply(message_id: str) -> Reply:
+    return Reply(secrets.token_urlsafe(12), message_id, "", [], "streaming")
+
+
+class _Desk:
+    """What the conversations of one plugin share."""
+
+    app: Litestar
+
+    def __init__(self, answer: _Answerer, config: ChatSessionConfig) -> None:
+        self.answer = answer
+        self.answerer = _name(answer)
+        self.config = config
+        self.pads = _Scratchpads(config)
+        self.rows = _Rows(config)
+        self.sessions: dict[str, _Conversation] = {}
+        self.addresses: Counter[str] = Counter()
+        self.past: dict[str, _Past] = {}
+        self.answers: dict[_Answer, asyncio.Task[None]] = {}
+        self.is_draining = False
+
+    def open(self, app: Litestar) -> None:
+        """Note whom we work for; a host that mounts *app* may never run its lifespan, so sockets say it too."""
+        if getattr(self, "app", None) is not app:
+            self.app = app
+            self.rows.bind(app)
+
+    @property
+    def debug(self) -> bool:
+        return self.app.debug
+
+    def is_full(self, previous: str) -> bool:
+        """Tell whether there is no room for one more session; one that replaces an open one always has room."""
+        return self.is_draining or len(self.sessions) >= self.config.max_sessions + (previous in self.sessions)
+
+    def is_crowded(self, address: str | None, previous: str) -> bool:
+        """Tell whether *address* has all the sessions that one address may have."""
+        old = self.sessions.get(previous)
+        spare = old is not None and old.address == address
+        return address is not None and self.addresses[address] >= self.config.max_sessions_per_client + spare
+
+    def admit(self, conversation: _Conversation, previous: str) -> None:
+        """Count a session as open; one that it replaces is ended first."""
+        if (old := self.sessions.get(previous)) is not None:
+            old.end("replaced")
+        self.sessions[conversation.row.id] = conversation
+        if conversation.address is not None:
+            self.addresses[conversation.address] += 1
+
+    def forget(self, conversation: _Conversation) -> None:
+        """Count a session as ended, and drop what its visitor typed."""
+        del self.sessions[conversation.row.id]
+        self.pads.drop(conversation.row.id)
+        if conversation.address is not None:
+            self.addresses[conversation.address] -= 1
+            if not self.addresses[conversation.address]:
+                del self.addresses[conversation.address]
+
+    def remember(self, session_id: str, past: _Past) -> None:
+        """Keep an ended session's reply, and no more of them than sessions; the oldest goes first."""
+        self.past[session_id] = past
+        if len(self.past) > self.config.max_sessions:
+            next(iter(self.past.values())).forget()
+
+    async def drain(self) -> None:
+        """End all there is: idle sessions at once, running replies within their grace, then save the rows."""
+        self.is_draining = True
+        for conversation in list(self.sessions.values()):
+            conversation.drain()
+        if self.answers:
+            await asyncio.wait(self.answers.values(), timeout=self.config.shutdown_grace)
+        for answer in list(self.answers):
+            answer.halt("interrupted")
+        for conversation in list(self.sessions.values()):
+            conversation.end("restart")
+        await self.rows.drain(self.config.shutdown_grace)
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+# ---- The socket ------------------------------------------------------------------------------------------------------
+
+
+class _Office:
+    """Sends what lies in the lines' outboxes: urgent frames in the loop's next turn, words at the next refresh.
+
+    One task serves all the lines that are ready. A visitor who does not read holds up that task alone: as long as
+    any line is ready, the next turn of the loop starts another.
+    """
+
+    def __init__(self, send_timeout: float) -> None:
+        self._send_timeout = send_timeout
+        self._ready: deque[_Line] = deque()
+        self._slow: list[_Line] = []
+        self._sending: set[_Line] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_awake = False
+        self._is_watching = False
+
+    def soon(self, line: _Line) -> None:
+        """Have *line* flushed in the loop's next turn."""
+        self._ready.append(line)
+        if not self._is_awake:
+            self._is_awake = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def later(self, line: _Line) -> None:
+        """Have *line* flushed within a refresh of the screen, together with all others that have words."""
+        if not self._slow:
+            asyncio.get_running_loop().call_later(_WORD_WAIT, self._refresh)
+        self._slow.append(line)
+
+    def _refresh(self) -> None:
+        slow, self._slow = self._slow, []
+        for line in slow:
+            self.soon(line)
+
+    def _turn(self) -> None:
+        self._is_awake = bool(self._ready)
+        if self._ready:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._deliver())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            loop.call_soon(self._turn)
+
+    async def _deliver(self) -> None:
+        while self._ready:
+            await self._ready.popleft().flush()
+
+    def began(self, line: _Line) -> None:
+        """Watch over a send, by one timer for all."""
+        self._sending.add(line)
+        if not self._is_watching:
+            self._is_watching = True
+            asyncio.get_running_loop().call_later(self._send_timeout, self._watch)
+
+    def done(self, line: _Line) -> None:
+        """Stop watching."""
+        self._sending.discard(line)
+
+    def _watch(self) -> None:
+        oldest = _now() - self._send_timeout
+        for line in [line for line in self._sending if line.sent_at <= oldest]:
+            self._sending.discard(line)
+            line.lose()
+        self._is_watching = bool(self._sending)
+        if self._sending:
+            due = min(line.sent_at for line in self._sending) + self._send_timeout
+            asyncio.get_running_loop().call_at(due, self._watch)
+
+
+class _Line:
+    """One visitor's websocket: a reader for its whole life, an outbox, and a pulse."""
+
+    __slots__ = (
+        *("_code", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_lock", "_max_bytes", "_office"),
+        *("_outbox", "_pulse", "_queued", "_reply", "_sender", "_socket", "_words", "conversation", "sent_at"),
+    )
+
+    conversation: _Conversation
+
+    def __init__(self, office: _Office, socket: WebSocket[Any, Any, Any], config: ChatSessionConfig) -> None:
+        self._office = office
+        self._socket = socket
+        self._interval = config.ping_interval
+        self._max_bytes = max(16 * config.max_message_chars, _MIN_FRAME_LIMIT)
+        self._outbox: list[str] = []
+        self._words: list[str] = []
+        self._reply = ""
+        self._queued: Literal["", "later", "soon"] = ""
+        self._lock = asyncio.Lock()
+        self._sender: asyncio.Task[Any] | None = None
+        self._is_cut = False
+        self._limit: asyncio.Timeout | None = None
+        self._code: _Close | None = None
+        self._left: int | None = None
+        self._heard = self._due = _now()
+        self.sent_at = 0.0
+        self._pulse = asyncio.get_running_loop().call_later(self._interval, self._beat)
+
+    # Outgoing.
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether all that was posted has been handed to the server."""
+        return not (self._outbox or self._words or self._lock.locked() or self._is_cut)
+
+    def post(self, type_: str, **content: object) -> None:
+        """Send one frame, in the loop's next turn."""
+        if self._code is None and not self._is_cut:
+            self._seal()
+            self._outbox.append(_encode({"type": type_, **content}).decode())
+            if self._queued != "soon":
+                self._queued = "soon"
+                self._office.soon(self)
+            if len(self._outbox) > _OUTBOX_LIMIT:
+                self.lose()
+
+    def words(self, reply_id: str, text: str) -> None:
+        """Send words of a reply, together with those that come within a refresh of the screen."""
+        if self._code is None and not self._is_cut:
+            self._reply = reply_id
+            self._words.append(text)
+            if not self._queued:
+                self._queued = "later"
+                self._office.later(self)
+
+    def _seal(self) -> None:
+        if self._words:
+            delta = {"type": "text-delta", "id": self._reply, "delta": "".join(self._words)}
+            self._words.clear()
+            self._outbox.append(_encode(delta).decode())
+
+    async def flush(self) -> None:
+        """Send all there is; while one send waits for the visitor, what comes piles up and then travels together."""
+        self._queued = ""
+        if self._lock.locked():
+            return
+        async with self._lock:
+            self._sender = asyncio.current_task()
+            try:
+                while self._outbox or self._words:
+                    await self._send_all()
+            except _GONE:
+                self._cut()
+            finally:
+                self._sender = None
+                self._office.done(self)
+
+    async def _send_all(self) -> None:
+        self._seal()
+        frames, self._outbox = self._outbox, []
+        for text in frames:
+            self.sent_at = _now()
+            self._office.began(self)
+            await self._socket.send({"type": "websocket.send", "text": text, "bytes": None})
+
+    def _cut(self) -> None:
+        """Send no more: the visitor has left, and the reader is about to hear how."""
+        self._is_cut = True
+        self._outbox.clear()
+        self._words.clear()
+
+    def lose(self) -> None:
+        """Give the visitor up: nothing is heard, or nothing gets through."""
+        if self._code is None:
+            self._cut()
+            self.conversation.drop(_Close.LEFT)
+
+    def hang_up(self, code: _Close) -> None:
+        """Send what is in the outbox, then close; the reader is stopped first (decision 2)."""
+        if self._code is None:
+            self._code = code
+            if self._limit is not None:
+                self._limit.reschedule(_now())
+
+    # Incoming.
+
+    async def serve(self) -> None:
+        """Read until the visitor leaves or we hang up, and close."""
+        try:
+            async with asyncio.timeout(None if self._code is None else 0) as self._limit:
+                while self._take(await self._socket.receive()):
+                    await asyncio.sleep(0)  # one who floods does not hold up the others
+        except TimeoutError:
+            pass
+        except _GONE:
+            self._left = _Close.LEFT
+        finally:
+            self._limit = None
+            self._pulse.cancel()
+            self.conversation.gone(self._left)
+        if self._left is None:
+            await self._close()
+
+    async def _close(self) -> None:
+        code = self._code or _Close.BUG
+        with contextlib.suppress(*_GONE):  # a TimeoutError is an OSError
+            async with asyncio.timeout(_CLOSE_GRACE):
+                async with self._lock:
+                    await self._send_all()
+                await self._socket.close(code, _REASONS[code])
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def _take(self, event: Any) -> bool:
+        """Act on one event of the socket; False is the last. Its text stays in no variable that waits (decision 9)."""
+        if event["type"] == "websocket.disconnect":
+            self._left = event.get("code") or _Close.LEFT
+            return False
+        if self._code is None:
+            self._heard = _now()
+            self.conversation.heard()
+            self._read(event.get("text"))
+        return True
+
+    def _read(self, text: object) -> None:
+        if not isinstance(text, str):
+            self.conversation.drop(_Close.BINARY)
+        elif len(text) > self._max_bytes or len(text.encode()) > self._max_bytes:
+            self.conversation.drop(_Close.TOO_BIG)
+        else:
+            self._dispatch(text)
+
+    def _dispatch(self, text: str) -> None:
+        conversation = self.conversation
+        try:
+            frame = _decode(text)
+        except (ValueError, RecursionError, msgspec.MsgspecError):
+            conversation.invalid(_find_id(text))
+            return
+        match frame:
+            case _MessageFrame():
+                conversation.message(frame.id, frame.text)
+            case _StopFrame():
+                conversation.stop(frame.id)
+            case _StayFrame():
+                conversation.stay()
+            case _EndFrame():
+                conversation.leave()
+            case _PongFrame():
+                pass
+
+    def _beat(self) -> None:
+        """Ping at a steady pace, and give the visitor up when nothing has been heard for too long."""
+        now, lost_at = _now(), self._heard + self._interval + _PONG_GRACE
+        if now >= lost_at:
+            self.lose()
+            return
+        if now >= self._due + self._interval:
+            self._due = now
+            self.post("ping")
+        due = min(self._due + self._interval, lost_at)
+        self._pulse = asyncio.get_running_loop().call_at(due, self._beat)
+
+
+# ---- The plugin ------------------------------------------------------------------------------------------------------
+
+
+class ChatSessionPlugin(InitPlugin):
+    """A website chat for a Litestar app; list it last, for what is listed later is gone when chats are drained.
+
+    Args:
+        answer: The answerer: an async generator function of one ``Chat`` that yields ``str`` (the next words) and
+            ``Source`` (a citation), or a coroutine function that returns text or an async iterable of such.
+        config: All that can be set.
+
+    Raises:
+        ImproperlyConfiguredException: If *answer* is something else, the key in ``CHAT_SESSION_SECRET`` is too short,
+            or ``widget.js`` is to be served and is not beside this module.
+
+    """
+
+    def __init__(self, answer: _Answerer, config: ChatSessionConfig = ChatSessionConfig()) -> None:
+        if not _is_answerer(answer):
+            raise ImproperlyConfiguredException(
+                f"answer must be an async generator function or a coroutine function, not {answer!r}: "
+                "write it with `async def` and one parameter, the Chat"
+            )
+        self._config = config
+        self._keys = _find_keys(config.secret)
+        self._desk = _Desk(answer, config)
+        self._office = _Office(config.send_timeout)
+        self._used: TTLCache[str, bool] = TTLCache(math.inf, config.token_ttl + 1, timer=_now)
+        self._rates: TTLCache[str, _Rate] = TTLCache(_ADDRESS_LIMIT, 60.0, timer=_now)
+        self._handlers: set[asyncio.Task[Any]] = set()
+        self._has_told_of_proxy = False
+
+    @property
+    def config(self) -> ChatSessionConfig:
+        """The configuration, as it was given."""
+        return self._config
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Mount the routes and the drain; nothing of the host's own is changed."""
+        base = "/" + self._config.path.strip("/")
+        base = base.rstrip("/")
+
+        @post(f"{base}/token", status_code=201, include_in_schema=False, **self._options(app_config, is_token=True))
+        async def token(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
+            return await self._mint(request)
+
+        @websocket(f"{base}/socket", **self._options(app_config))
+        async def socket(socket: WebSocket[Any, Any, Any]) -> None:
+            await self._serve(socket)
+
+        app_config.route_handlers.extend((token, socket))
+        if self._config.serve_widget:
+            app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
+        app_config.lifespan.append(self._lifespan)
+        return app_config
+
+    def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
+        """Say to the host's middleware, in its own terms, that these routes need no cookie and no login."""
+        opt: dict[str, Any] = {"exclude_from_auth": True, "exclude_from_csrf": True}
+        if app_config.csrf_config is not None:
+            opt[app_config.csrf_config.exclude_from_csrf_key] = True
+        if not (is_token and self._config.visitor):
+            opt["skip_session"] = True
+        config = self._config
+        return {"guards": list(config.guards), "middleware": list(config.middleware), "opt": {**opt, **config.opt}}
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+        self._desk.open(app)
+        self._desk.is_draining = False
+        try:
+            yield
+        finally:
+            await self._desk.drain()
+            if self._handlers:
+                await asyncio.wait(self._handlers, timeout=2 * _CLOSE_GRACE)
+
+    # The token.
+
+    async def _mint(self, request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
+        """Give a visitor the right to open one session."""
+        config, origin, headers = self._config, request.headers.get("origin"), {"Cache-Control": "no-store"}
+        if not _is_welcome(request, config.allowed_origins):
+            raise HTTPException(status_code=403, detail="This origin may not open a chat here.", headers=headers)
+        headers |= _cors(origin, config.allowed_origins)
+        previous = await self._find_previous(request)
+        self._make_way(request, previous.session if previous else "", headers)
+        visitor = await self._find_visitor(request)
+        if previous and (previous.origin != _digest(origin) or previous.visitor not in (None, visitor)):
+            previous = None
+        session = previous.session if previous else ""
+        token = _Token(secrets.token_urlsafe(16), time.time() + config.token_ttl, _digest(origin), session, visitor)
+        body = {"token": token.sign(self._keys[0]), "expiresIn": config.token_ttl}
+        return Response(body, status_code=201, media_type="application/json", headers=headers)
+
+    async def _find_previous(self, request: Request[Any, Any, Any]) -> _Token | None:
+        """Read the form's ``previous``; garbage there is as good as nothing there."""
+        if request.headers.get("content-length") == "0":
+            return None
+        try:
+            text = (await request.form()).get("previous")
+        except (HTTPException, ValueError, RuntimeError):
+            return None
+        return _Token.verify(self._keys, text) if isinstance(text, str) else None
+
+    async def _find_visitor(self, request: Request[Any, Any, Any]) -> str | None:
+        if self._config.visitor is None:
+            return None
+        visitor: Any = self._config.visitor(request)
+        visitor = await visitor if inspect.isawaitable(visitor) else visitor
+        return None if visitor is None else str(visitor)
+
+    def _make_way(self, request: Request[Any, Any, Any], previous: str, headers: dict[str, str]) -> None:
+        """Turn a visitor away politely where there is no room, or where they ask too often.
+
+        Raises:
+            HTTPException: 503 or 429, with ``Retry-After``.
+
+        """
+        address = self._find_address(request)
+        status, wait, detail = 0, _RETRY_AFTER, "You have many chats open; please close one first."
+        if self._desk.is_full(previous):
+            status, detail = 503, "The chat is busy; please try again soon."
+        elif self._desk.is_crowded(address, previous):
+            status = 429
+        elif address is not None and (seconds := self._rate(address).wait(_now())):
+            status, wait, detail = 429, seconds, "Too many chats were opened; please wait a moment."
+        if status:
+            raise HTTPException(status_code=status, detail=detail, headers={"Retry-After": str(wait), **headers})
+
+    def _rate(self, address: str) -> _Rate:
+        rate = self._rates.get(address) or _Rate(self._config.tokens_per_minute)
+        self._rates[address] = rate  # assigned anew, so that it is not forgotten while it is used
+        return rate
+
+    def _find_address(self, connection: _Connection) -> str | None:
+        """Find whom to count *connection* for; None is not limited."""
+        if self._config.client_address is not None:
+            return _network(str(self._config.client_address(connection)))
+        peer = connection.client.host if connection.client else ""
+        if _is_global(peer):
+            return _network(peer)
+        if not self._has_told_of_proxy:
+            self._has_told_of_proxy = True
+            _log.warning(
+                "a visitor's address is not global (a proxy, or a test), so visitors are not limited by address; "
+                "have the server trust the proxy's headers, or set ChatSessionConfig.client_address"
+            )
+        return None
+
+    # The socket.
+
+    async def _serve(self, socket: WebSocket[Any, Any, Any]) -> None:
+        """Serve one websocket; nothing it raises may reach the framework, which would show it to the visitor."""
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._handlers.add(task)
+        try:
+            await self._answer_handshake(socket)
+        except _GONE:
+            pass  # the visitor left before the conversation began
+        except Exception as error:  # noqa: BLE001 - the last resort
+            _log.error("a chat failed by a fault of ours or of the host's configuration: %s", _tell(error))
+            with contextlib.suppress(*_GONE):
+                await socket.close(_Close.BUG, _REASONS[_Close.BUG])
+        finally:
+            self._handlers.discard(task)
+
+    async def _answer_handshake(self, socket: WebSocket[Any, Any, Any]) -> None:
+        self._desk.open(socket.app)
+        offered, origin = socket.scope.get("subprotocols") or [], socket.headers.get("origin")
+        texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
+        token = _Token.verify(self._keys, texts[0]) if texts else None
+        # A proxy that rewrites Host makes the app's own origin look foreign; the token knows better.
+        is_welcome = _is_welcome(socket, self._config.allowed_origins) or (token and token.origin == _digest(origin))
+        if _SUBPROTOCOL not in offered or not is_welcome:
+            await socket.close()
+            return
+        await socket.accept(subprotocols=_SUBPROTOCOL)
+        address = self._find_address(socket)
+        refusal = self._find_refusal(token, origin, address)
+        greeting = "" if refusal else await self._greet(socket)
+        refusal = refusal or self._find_refusal(token, origin, address)
+        if refusal is not None or token is None:
+            code = refusal or _Close.TOKEN
+            await socket.close(code, _REASONS[code])
+            return
+        await self._open(socket, token, address, greeting)
+
+    def _find_refusal(self, token: _Token | None, origin: str | None, address: str | None) -> _Close | None:
+        if token is None or token.expires <= time.time() or token.session in self._used or token.origin != _digest(origin):
+            return _Close.TOKEN
+        is_busy = self._desk.is_full(token.previous) or self._desk.is_crowded(address, token.previous)
+        return _Close.BUSY if is_busy else None
+
+    async def _open(self, socket: WebSocket[Any, Any, Any], token: _Token, address: str | None, greeting: str) -> None:
+        self._used[token.session] = True
+        line = _Line(self._office, socket, self._config)
+        line.conversation = _Conversation(self._desk, token, address, line)
+        self._desk.admit(line.conversation, token.previous)
+        line.conversation.open(greeting, token.previous)
+        await line.serve()
+
+    async def _greet(self, socket: WebSocket[Any, Any, Any]) -> str:
+        greeting: Any = self._config.greeting
+        try:
+            async with asyncio.timeout(_GREETING_TIMEOUT):
+                greeting = greeting(socket) if callable(greeting) else greeting
+                greeting = await greeting if inspect.isawaitable(greeting) else greeting
+            return _whole(greeting)
+        except Exception as error:  # noqa: BLE001 - the host's code
+            _log.error("the greeting failed, so the default one is used: %s", _tell(error))
+            return str(ChatSessionConfig.greeting)
+
+
+def _cors(origin: str | None, allowed: Sequence[str]) -> dict[str, str]:
+    """Let a page of an allowed foreign origin read the answer; the host's own CORS settings stay as they are."""
+    if origin is None or origin.lower() not in (each.lower() for each in allowed):
+        return {}
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After", "Vary": "Origin"}
+
+
+def _widget_route(path: str, options: dict[str, Any]) -> Any:
+    """Serve the widget from memory; Litestar itself never answers 304."""
+    file = Path(__file__).with_name("widget.js")
+    if not file.is_file():
+        raise ImproperlyConfiguredException(
+            "widget.js is not beside chat_session.py: copy it there, or set ChatSessionConfig.serve_widget to False"
+        )
+    script = file.read_bytes()
+    tag = f'"{hashlib.sha256(script).hexdigest()[:20]}"'
+    headers = {"ETag": tag, "Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff"}
+
+    @get(path, media_type="text/javascript", include_in_schema=False, sync_to_thread=False, **options)
+    def widget(request: Request[Any, Any, Any]) -> Response[bytes]:
+        known = [each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")]
+        if tag in known or "*" in known:
+            return Response(b"", status_code=304, headers=headers)
+        return Response(script, headers=headers)
+
+    return widget
+
+
+# ---- The demo --------------------------------------------------------------------------------------------------------
+# A small shop, and the example to copy: an answerer, a page with one script tag, an app with one plugin.
+
+
+@dataclass(frozen=True)
+class _Topic:
+    name: str
+    words: frozenset[str]
+    about: str
+    takes: str
+
+
+_TOPICS = (
+    _Topic(
+        "shipping",
+        frozenset({"ship", "ships", "shipping", "deliver", "delivery", "post", "canada"}),
+        "Yes, we ship to **Canada**, the United States and all of Europe. It costs $9, and nothing from $75 on.",
+        "Shipping takes *five to eight working days* to Canada, and three to five within Europe.",
+    ),
+    _Topic(
+        "returns",
+        frozenset({"return", "returns", "refund", "exchange", "back"}),
+        "You can send anything back within **30 days**, used once or not at all; the label is in the parcel.",
+        "A return takes about a week: *three days* on its way, and *two* until the money is with you.",
+    ),
+    _Topic(
+        "repairs",
+        frozenset({"repair", "repairs", "broken", "fix", "handle", "cracked"}),
+        "A broken handle or a cracked lid is no reason to part: **we repair** every pot that we ever sold.",
+        "A repair takes *two to three weeks*, since each pot is fired again.",
+    ),
+)
+
+
+async def _demo_answer(chat: Chat) -> AsyncIterator[str | Source]:
+    """Look the topic up. What "it" means, only the scratchpad knows."""
+    asked = _find_topic(chat.message)
+    wants_time = re.search(r"how long|how fast|when|take", chat.message, re.IGNORECASE) is not None
+    earlier = [_find_topic(message["content"]) for message in reversed(chat.messages[:-1]) if message["role"] == "user"]
+    topic = asked or next(filter(None, earlier if wants_time else []), None)
+    if topic is None:
+        known = ", ".join(each.name for each in _TOPICS)
+        reply = f"I am not sure what you mean by that. I know about {known}: ask me about one of them."
+    else:
+        reply = topic.takes if wants_time else topic.about
+    for word in reply.split(" "):
+        await asyncio.sleep(secrets.randbelow(60) / 1000 + 0.02)  # the pace of a fast human typist
+        yield word + " "
+    if topic is not None:
+        yield Source(f"http://127.0.0.1:8000/#{topic.name}", f"Our {topic.name}")
+
+
+def _find_topic(text: str) -> _Topic | None:
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return next((topic for topic in _TOPICS if topic.words & words), None)
+
+
+_DEMO_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Kiln & Kettle</title>
+<style>
+  body { font: 18px/1.6 Georgia, serif; max-width: 36rem; margin: 4rem auto; padding: 0 1.5rem;
+         color: #2b2622; background: #fbf8f4 }
+  h1 { font-weight: 400; font-size: 2.6rem; margin-bottom: 0 }
+  h2 { font-weight: 400; margin: 2.5rem 0 0; text-transform: capitalize }
+</style>
+<h1>Kiln &amp; Kettle</h1>
+<p>Stoneware teapots, thrown and fired in one small workshop. Ask us anything: try
+<em>do you ship to Canada?</em> and then <em>how long does it take?</em></p>
+%s
+<script src="/chat/widget.js" data-title="Kiln &amp; Kettle" data-accent="#8a4b2a" defer></script>
+"""
+
+
+def _demo() -> Litestar:
+    """Make the demo's app."""
+    sections = (f'<h2 id="{each.name}">{each.name}</h2>\n<p>{each.about.replace("**", "")}</p>' for each in _TOPICS)
+    page = _DEMO_PAGE % "\n".join(sections)
+
+    @get("/", media_type="text/html", sync_to_thread=False)
+    def shop() -> str:
+        return page
+
+    return Litestar([shop], plugins=[ChatSessionPlugin(_demo_answer)], openapi_config=None)
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    print("Open http://127.0.0.1:8000 and click the bubble.")  # noqa: T201 - a person reads it
+    uvicorn.run(_demo(), host="127.0.0.1", port=8000, ws_per_message_deflate=False, log_level="warning")

@@ -1,0 +1,721 @@
+/*! chat_session widget, MIT licence: <script src="/chat/widget.js" defer></script> */
+/**
+ * Attributes of the tag:
+ *   data-endpoint      where the plugin is mounted, if not beside this file
+ *   data-title         heading and accessible name
+ *   data-position      right, left; default: where lines end
+ *   data-accent        a colour; text on it turns black or white
+ *   data-theme         auto, light, dark
+ *   data-open          opens at once, as if clicked
+ *   data-fallback-url  offered when the chat cannot be reached
+ *   data-text-NAME     replaces one of TEXTS
+ *
+ * @typedef {{ id: string, text: string, node: HTMLElement, body: HTMLElement, note: HTMLElement, settled: string, kept: number,
+ *   open?: boolean, link?: number, reply?: Bubble, asked?: Bubble, whole?: boolean }} Bubble  A message, reply or greeting.
+ */
+(() => {
+  "use strict"
+  const page = /** @type {any} */ (window)
+  if (page.ChatSession) return // A second tag, or a swapped body that ran this one again.
+
+  const RETRY_MIN = 500
+  const RETRY_MAX = 20_000
+  const HELD = 10_000 // A connection that lasted this long makes the waits short again.
+  const SLACK = 15_000 // Silence beyond the ping interval: the link is dead.
+  const LONGEST = 2 ** 31 - 1 // A timer with a longer delay fires at once.
+  const PATIENCE = 3 // Failures in a row that are just "Reconnecting".
+  const TYPED_STAYS = 10
+  const NEAR = 40 // Pixels from the end that still count as reading along.
+  const TAG = "chat-session"
+  const FRAME = 16 // A timer, since hidden pages get no animation frames.
+  let limits = { pingInterval: 25, maxMessageChars: 4_000, maxPending: 4 }
+
+  const script = /** @type {HTMLScriptElement} */ (
+    document.currentScript ?? document.querySelector('script[src*="/widget.js"]'))
+  const options = script.dataset
+  const { endpoint = ".", title = "Chat", position = "", theme = "", accent = "", fallbackUrl = "" } = options
+  const base = new URL(endpoint, options.endpoint ? document.baseURI : script.src).href.replace(/\/$/, "")
+
+  // ---- Texts ----
+
+  /** @type {Record<string, string>} */
+  const TEXTS = {
+    launcher: "Open chat",
+    close: "Close chat",
+    placeholder: "Type a message",
+    send: "Send",
+    stop: "Stop",
+    cancel: "Take back",
+    waiting: "Waiting",
+    reconnecting: "Reconnecting",
+    copy: "Copy transcript",
+    idle: "Still there? This chat closes soon.",
+    stay: "Stay",
+    ended: "This chat has ended. Write to start a new one.",
+    busy: "We are busy right now. Please try again soon.",
+    failed: "Something went wrong. Please try again.",
+    unreachable: "The chat cannot be reached right now.",
+    fallback: "Contact us another way",
+    newer: "New words below",
+    unread: "New reply",
+  }
+  for (const name in TEXTS) TEXTS[name] = script.getAttribute(`data-text-${name}`) ?? TEXTS[name]
+
+  // ---- Helpers ----
+
+  /**
+   * @template {keyof HTMLElementTagNameMap} T
+   * @param {T} tag
+   * @param {Record<string, string>} [attributes]
+   * @param {(Node | string)[]} children
+   */
+  const el = (tag, attributes = {}, ...children) => {
+    const node = document.createElement(tag)
+    for (const name in attributes) node.setAttribute(name, attributes[name])
+    node.append(...children)
+    return node
+  }
+
+  /** @param {string} name  @param {() => void} act  @param {string} [path] */
+  const button = (name, act, path) => {
+    const label = TEXTS[name]
+    const node = el("button", { part: name, "aria-label": label }, path ? "" : label)
+    node.onclick = act
+    if (path) {
+      const [svg, line] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag))
+      svg.setAttribute("viewBox", "0 0 24 24")
+      line.setAttribute("d", path)
+      svg.append(line)
+      node.append(svg)
+      node.title = label
+    }
+    return node
+  }
+
+  /** A link, or a plain span where a link may not go. */
+  const anchor = (address = "", text = "") => {
+    try {
+      const { href, protocol } = new URL(address, address[0] === "/" ? document.baseURI : undefined)
+      if (/^(https?|mailto|tel):$/.test(protocol)) {
+        return el("a", { href, target: "_blank", rel: "noopener noreferrer nofollow ugc" }, text)
+      }
+    } catch {} // Not an address.
+    return el("span", {}, text)
+  }
+
+  const emit = (name = "", detail = {}) => dispatchEvent(new CustomEvent(`${TAG}:${name}`, { detail }))
+
+  // ---- Markdown ----
+  // Only nodes are built. No pattern runs past the next mark of its kind, so that the time stays linear.
+
+  const INLINE = new RegExp([
+    /\\(?<mark>[!-/:-@[-`{-~])/,
+    /(?<!`)(?<t>`+)(?<code>[^`]+)\k<t>(?!`)/,
+    /!?\[(?<words>[^[\]]*)\]\((?<address>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+"[^"]*")?\)/,
+    /(?<bare>https?:\/\/[^\s<>"`]*[^\s<>"`.,:;!?')\]*_])/,
+    /(?<b>\*\*|__)(?=\S)(?<strong>(?:(?!\k<b>)[^])+\*?)\k<b>(?!\*)/,
+    /(?<![\w*])(?<i>[*_])(?!\s)(?<em>(?:(?!\k<i>)[^])+)\k<i>(?!\w)/,
+  ].map((pattern) => pattern.source).join("|"), "g")
+  const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+/
+
+  /** @template {Element} T  @param {T} parent */
+  const inline = (parent, text = "") => {
+    let at = 0
+    for (const match of text.matchAll(INLINE)) {
+      const { mark, code, words, address, bare, strong, em } = match.groups ?? {}
+      parent.append(text.slice(at, match.index))
+      at = match.index + match[0].length
+      parent.append(
+        mark ?? (code ? el("code", {}, code)
+          : address ? inline(anchor(address), words || address)
+          : bare ? (parent.closest("a") ? bare : anchor(bare, bare))
+          : strong ? inline(el("strong"), strong)
+          : em ? inline(el("em"), em)
+          : match[0]))
+    }
+    parent.append(text.slice(at))
+    return parent
+  }
+
+  const blocksOf = (text = "") => {
+    /** @type {{ kind: string, start: number, fence: string, lines: string[] }[]} */
+    const blocks = []
+    let start = 0
+    let open = false // The last block takes more lines.
+    for (const line of text.split("\n")) {
+      const last = open && blocks.at(-1)
+      const [, fence = ""] = /^\s*(```+|~~~+)[^`]*$/.exec(line) ?? []
+      const kind = fence ? "pre" : ITEM.test(line) ? "list" : "p"
+      if (last && last.fence) {
+        open = !line.trim().startsWith(last.fence)
+        if (open) last.lines.push(line)
+      } else if (last && line.trim() && (kind === "p" || kind === last.kind)) {
+        last.lines.push(line)
+      } else if ((open = /\S/.test(line))) {
+        blocks.push({ kind, start, fence, lines: fence ? [] : [line] })
+      }
+      start += line.length + 1
+    }
+    return blocks
+  }
+
+  /** @param {{ kind: string, lines: string[] }} block  @returns {Element} */
+  const build = ({ kind, lines }) => {
+    if (kind === "pre") return el("pre", {}, lines.join("\n"))
+    if (kind === "p") return inline(el("p"), lines.join("\n").replace(/^\s*#+ +\**(.*?)\**$/gm, "**$1**"))
+    const [, space, number] = ITEM.exec(lines[0]) ?? []
+    /** @type {string[]} */
+    const items = []
+    for (const line of lines) {
+      const mark = ITEM.exec(line)
+      if (mark && mark[1].length <= space.length) items.push(line.slice(mark[0].length))
+      else items.push(`${items.pop()}\n${line}`)
+    }
+    return el(number ? "ol" : "ul", number ? { start: number } : {},
+      ...items.map((item) => el("li", {}, ...blocksOf(item).map(build))))
+  }
+
+  /** Draw what is new: a block that began on a finished line stays as it is once another has. @param {Bubble} reply */
+  const draw = (reply) => {
+    const { body, text } = reply
+    if (!text.startsWith(reply.settled)) Object.assign(reply, { settled: "", kept: 0 })
+    while (body.childNodes.length > reply.kept) body.lastChild?.remove()
+    const offset = reply.settled.length
+    for (const block of blocksOf(text.slice(offset))) {
+      if (offset + block.start <= text.lastIndexOf("\n")) {
+        reply.settled = text.slice(0, offset + block.start)
+        reply.kept = body.childNodes.length
+      }
+      body.append(build(block))
+    }
+  }
+
+  // ---- Connection ----
+  // Whatever began under another number of `link` is void, however late it calls back.
+
+  const life = new AbortController()
+  const { signal } = life
+  let link = 0
+  /** @type {WebSocket | undefined} */
+  let socket
+  let wanted = false // There should be a connection, now or after a wait.
+  let ended = false // The server has said that the session is over.
+  let live = false // This connection has brought its `session-start`.
+  let previous = "" // The token of the last one that did.
+  let token = ""
+  let opened = 0
+  let due = 0 // When this connection counts as dead, or the next may begin.
+  let attempts = 0
+  let failures = 0
+  let refusals = 0
+  let timer = 0
+  let typedStays = 0
+  /** @type {Map<string, Bubble>} */
+  const bubbles = new Map()
+  /** @type {Bubble | undefined} */
+  let running
+
+  const unanswered = () => [...bubbles.values()].filter((bubble) => bubble.open)
+
+  const transmit = (type = "", fields = {}) => {
+    if (socket?.readyState === 1) socket.send(JSON.stringify({ type, ...fields }))
+  }
+
+  /** Leave without waiting for the closing handshake, which may never end. */
+  const drop = () => {
+    link += 1
+    clearTimeout(timer)
+    socket?.close()
+    socket = running = undefined
+    live = false
+    due = 0
+    refresh()
+  }
+
+  const expectFrame = (silence = SLACK) => {
+    clearTimeout(timer)
+    due = Date.now() + silence
+    timer = setTimeout(failed, silence)
+  }
+
+  const connect = async () => {
+    drop()
+    if (signal.aborted) return
+    const mine = link
+    wanted = true
+    ended = false
+    if (!failures) tell(previous && "reconnecting")
+    expectFrame()
+    try {
+      const body = previous ? new URLSearchParams({ previous }) : null
+      const answer = await fetch(`${base}/token`, { method: "POST", body })
+      if (mine !== link) return
+      if (!answer.ok) return failed(answer.status, answer.headers.get("Retry-After") ?? "")
+      token = (await answer.json()).token
+      if (mine !== link) return
+      socket = new WebSocket(`${base.replace("http", "ws")}/socket`, ["chat-session.v1", `token.${token}`])
+      socket.onclose = ({ code }) => mine === link && failed(code)
+      socket.onmessage = ({ data }) => {
+        if (mine !== link) return
+        expectFrame(limits.pingInterval * 1000 + SLACK)
+        const frame = JSON.parse(data)
+        receive[frame.type]?.(frame)
+      }
+    } catch {
+      if (mine === link) failed()
+    }
+  }
+
+  /** Act on an HTTP status or a close code, which alone never says that a session is over. */
+  const failed = (code = 0, after = "") => {
+    const suspect = unanswered().filter((message) => message.link === link).at(-1)
+    if (suspect && [1003, 1008, 1009].includes(code)) refuse(suspect, "failed", TEXTS.failed)
+    if (code === 3000 && !refusals++) connect()
+    else if (code === 3000 || (code >= 400 && code < 500 && code !== 429)) later("unreachable", Infinity)
+    else if ([429, 503, 1013].includes(code)) later("busy", Number(after) * 1000 || Date.parse(after) - Date.now() || 0)
+    else later(failures < PATIENCE ? "reconnecting" : "unreachable")
+  }
+
+  /** Come back after a wait; after an endless one, when the visitor asks. */
+  const later = (notice = "", wait = 0) => {
+    if (live && Date.now() - opened >= HELD) attempts = 0
+    drop()
+    failures += 1
+    wanted = wait < Infinity
+    due = Date.now() + wait
+    const jitter = Math.random() * Math.min(RETRY_MAX - RETRY_MIN, RETRY_MIN * 2 ** attempts++)
+    if (wanted) timer = setTimeout(connect, Math.min(Math.max(wait, 0) + RETRY_MIN + jitter, LONGEST))
+    tell(notice)
+    if (notice !== "reconnecting") emit("error", { code: notice })
+  }
+
+  /** Timers sleep when the page or the machine does, so look at once. */
+  const wake = () => {
+    if (wanted && !document.hidden && Date.now() >= due) connect()
+  }
+
+  /** Send what has not been sent here, but no more than the server lets wait. */
+  const flush = () => {
+    for (const message of live ? unanswered().slice(0, limits.maxPending + 1) : []) {
+      const { id, text } = message
+      const length = [...text].length
+      if (length > limits.maxMessageChars) {
+        refuse(message, "too-long", `${TEXTS.failed} (${length} / ${limits.maxMessageChars})`)
+      } else if (message.link !== link) {
+        message.link = link
+        transmit("message", { id, text })
+      }
+    }
+    refresh()
+  }
+
+  const settle = (state = "", remark = "") => {
+    if (!running) return
+    const reply = running
+    running = undefined
+    reply.node.dataset.state = state
+    reply.note.textContent = remark
+    // An interrupted reply is no answer: the message goes again, and the new reply takes its place.
+    if (reply.asked) reply.asked.open = state === "interrupted"
+    draw(reply)
+    follow()
+    if (remark) announce(remark)
+    if (state === "finished" && !reply.whole) {
+      reply.whole = true
+      announce(reply.body.textContent ?? "")
+      emit("message", { id: reply.id, role: "assistant", text: reply.text })
+    }
+    flush()
+  }
+
+  /** @type {Record<string, (frame: any) => void>} */
+  const receive = {
+    "session-start"(frame) {
+      limits = { ...limits, ...frame }
+      live = true
+      opened = Date.now()
+      failures = refusals = typedStays = 0
+      tell("")
+      if (!previous) greet(frame.greeting)
+      previous = token
+      emit("start", { sessionId: frame.sessionId })
+      flush()
+    },
+    ping: () => transmit("pong"),
+    start({ messageId, messageMetadata }) {
+      const asked = bubbles.get(messageMetadata?.inReplyTo)
+      running = bubbles.get(messageId) ?? asked?.reply ?? bubble("reply", asked?.node)
+      if (running.id !== messageId) {
+        Object.assign(running, { id: messageId, asked, whole: false })
+        if (asked) Object.assign(asked, { open: true, reply: running })
+      }
+      running.text = running.note.textContent = ""
+      running.node.dataset.state = "streaming"
+      running.node.querySelector("[part=sources]")?.remove()
+      bubbles.set(messageId, running)
+      schedule()
+      refresh()
+    },
+    "text-delta"({ delta }) {
+      if (running) running.text += delta
+      schedule()
+    },
+    "source-url"({ url, title }) {
+      if (!running) return
+      const { node } = running
+      const sources = node.querySelector("[part=sources]") ?? node.appendChild(el("div", { part: "sources" }))
+      sources.append(anchor(url, title || url))
+      follow()
+    },
+    finish: () => settle("finished"),
+    abort: ({ reason }) => settle(reason),
+    error({ errorText }) {
+      settle("failed", errorText || TEXTS.failed)
+      emit("error", { code: "failed" })
+    },
+    "message-rejected"({ id, code, detail }) {
+      const message = bubbles.get(id)
+      if (message) refuse(message, code, detail)
+      else if (code !== "cancelled") { // What is taken back has left the page already.
+        tell("", detail)
+        emit("error", { code })
+      }
+      flush()
+    },
+    "session-idle": () => tell("idle"),
+    "session-end"({ reason }) {
+      emit("end", { reason })
+      if (reason === "restart") return failed()
+      if (running) running.node.dataset.state = "interrupted"
+      drop()
+      wanted = false
+      ended = true
+      previous = ""
+      tell("ended")
+      // A message that crossed the idle close is the one that starts a fresh chat.
+      if (reason === "idle" && unanswered().length) connect()
+    },
+  }
+
+  // ---- View ----
+
+  const STYLES = `
+:host { all: initial !important; position: fixed !important; z-index: var(--chat-z, 2147483000) !important }
+aside {
+  --accent: var(--chat-accent, #2b5cd9);
+  --bg: var(--chat-bg, light-dark(#fff, #1a1c20));
+  --text: var(--chat-text, light-dark(#1c1e21, #eceef1));
+  --radius: var(--chat-radius, 16px);
+  --soft: color-mix(in srgb, var(--text) 7%, var(--bg));
+  --line: color-mix(in srgb, var(--text) 16%, var(--bg));
+  --mute: color-mix(in srgb, var(--text) 72%, var(--bg));
+  color-scheme: light dark;
+  color: var(--text);
+  font: 15px/1.45 var(--chat-font, system-ui, sans-serif);
+}
+[data-theme=light] { color-scheme: light }
+[data-theme=dark] { color-scheme: dark }
+* { box-sizing: border-box }
+[hidden], :empty:is(small, [part=notice]) { display: none !important }
+button { padding: 8px; cursor: pointer; font: inherit; color: inherit; background: none; border: 1px solid transparent; border-radius: 12px }
+:focus-visible { outline: 2px solid; outline-offset: 1px }
+svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round }
+[part=launcher], [part=panel] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
+[data-position=left] > * { left: 20px; right: auto }
+[data-position=right] > * { right: 20px; left: auto }
+[part=launcher], [part=send], [part=newer], [part~=visitor] { background: var(--accent); color: var(--on, #fff) }
+[part=launcher] { padding: 16px; border-radius: 50%; box-shadow: 0 4px 16px #0004; caret-color: color-mix(in srgb, var(--accent), var(--accent)) }
+[part=badge] { position: absolute; inset: -4px -4px auto auto; min-width: 22px; border-radius: 11px; background: #c62828; color: #fff; font: 13px/22px sans-serif }
+[part=panel] {
+  inset-block-end: 88px; display: flex; flex-direction: column; overflow: hidden;
+  width: min(var(--chat-width, 380px), 100vw - 40px); height: min(var(--chat-height, 600px), 100dvh - 108px);
+  background: var(--bg); border: 1px solid var(--line); border-radius: var(--radius); box-shadow: 0 12px 40px #0003;
+}
+[part=header] { display: flex; align-items: center; padding: 8px 8px 8px 16px; border-bottom: 1px solid var(--line) }
+b { flex: 1; font-size: 16px }
+[part=log] { flex: 1; display: flex; flex-direction: column; gap: 10px; padding: 16px; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; outline-offset: -2px }
+[part~=message] { max-width: 86%; padding: 8px 13px; border: 1px solid transparent; border-radius: var(--radius) }
+[part~=visitor] { align-self: end; border-end-end-radius: 4px; white-space: pre-wrap }
+[part~=reply] { align-self: start; border-end-start-radius: 4px; background: var(--soft) }
+[data-state=waiting], [data-state=refused] { background: none; border: 1px dashed var(--mute); color: var(--text) }
+small { display: flex; gap: 10px; align-items: center; font-size: 13px; color: var(--mute) }
+[data-state=refused] small, [data-state=failed] small { color: light-dark(#b3261e, #ff9d94) }
+small button, footer a, [part=stay] { padding: 4px 0; color: var(--text); text-decoration: underline }
+p, pre, ul, ol { margin: 0 0 8px; white-space: pre-wrap }
+ul, ol { padding-inline-start: 22px }
+li > *, div > :last-child { margin-bottom: 0 }
+pre, code { font: 13px/1.5 ui-monospace, monospace; background: var(--line); border-radius: 5px; padding: 1px 4px }
+a { color: inherit }
+[data-state=streaming] > :empty::before { content: "● ● ●"; font-size: 10px; color: var(--mute) }
+[data-state=stopped] > div::after, [data-state=interrupted] > div::after { content: "…" }
+[part=sources] { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; font-size: 13px }
+[part=sources] > * { padding: 3px 9px; border: 1px solid var(--line); border-radius: 8px; background: var(--bg) }
+footer { position: relative; padding: 10px; border-top: 1px solid var(--line) }
+footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center; font-size: 13px }
+[part=newer] { position: absolute; top: -44px; left: 50%; translate: -50%; padding: 5px 14px; font-size: 13px }
+[part=composer] { gap: 6px; align-items: end; flex-wrap: nowrap }
+[part=input] {
+  flex: 1; min-width: 0; max-height: 132px; field-sizing: content; resize: none; padding: 8px 12px;
+  font: 16px/1.4 var(--chat-font, system-ui, sans-serif); color: inherit; background: var(--bg); border: 1px solid var(--mute); border-radius: 12px;
+}
+::placeholder { color: var(--mute); opacity: 1 }
+[part=stop] { border-color: var(--mute) }
+[aria-live] { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+@keyframes late { from { position: absolute; opacity: 0 } }
+@keyframes breathe { 50% { opacity: 0.3 } }
+[data-state=waiting] small { animation: late 0s 0.4s backwards }
+@media (prefers-reduced-motion: no-preference) { [data-state=streaming] > :empty::before { animation: breathe 1.2s infinite } }
+@media (max-width: 480px), (max-height: 420px) {
+  [part=panel] {
+    inset: var(--top, 0) 0 auto; width: auto; height: var(--height, 100dvh); border: 0; border-radius: 0;
+    padding-block: env(safe-area-inset-top) env(safe-area-inset-bottom);
+  }
+  [aria-expanded=true] { visibility: hidden }
+}
+`
+
+  let warned = false
+  let unread = 0
+  let pinned = true // The visitor reads along at the end of the transcript.
+  /** @type {Bubble | undefined} */
+  let dirty
+
+  const launcher = button("launcher", () => panel.hidden ? open() : close(), "M21 12a8 8 0 0 1-8 8H4l1.5-3.2A8 8 0 1 1 21 12Z")
+  const badge = el("span", { part: "badge", hidden: "" })
+  const log = el("div", { part: "log", role: "region", tabindex: "0", "aria-label": title })
+  const heard = el("div", { "aria-live": "polite" })
+  const notice = el("span", { part: "notice", role: "status" })
+  const stay = button("stay", () => remain())
+  const contact = anchor(fallbackUrl, TEXTS.fallback)
+  const newer = button("newer", () => toEnd())
+  const input = el("textarea", { part: "input", rows: "1", placeholder: TEXTS.placeholder })
+  const stop = button("stop", () => {
+    transmit("stop", { id: running?.asked?.id })
+    input.focus()
+  }, "M7 7h10v10H7Z")
+  const panel = el("div", { part: "panel", id: "panel", role: "dialog", "aria-label": title, hidden: "" },
+    el("div", { part: "header" }, el("b", {}, title),
+      button("copy", () => copy(), "M9 9h11v11H9ZM5 15H4V4h11v1"), button("close", () => close(), "M6 6l12 12M18 6 6 18")),
+    log,
+    el("footer", {}, newer, el("div", {}, notice, stay, contact),
+      el("div", { part: "composer" }, input, stop, button("send", () => submit(), "M12 19V5M5 12l7-7 7 7"))))
+  const root = el("aside", { "aria-label": title, "data-position": position, "data-theme": theme }, panel, launcher, heard)
+  const host = document.createElement(TAG)
+  const shadow = host.attachShadow({ mode: "open" })
+
+  /** Hide a control without losing the focus. @param {HTMLElement} node */
+  const hide = (node, hidden = true) => {
+    if (hidden && node === shadow.activeElement) input.focus()
+    node.hidden = hidden
+  }
+
+  const tell = (name = "", text = TEXTS[name] ?? "") => {
+    if (notice.textContent !== text) notice.textContent = text
+    warned = name === "idle"
+    hide(stay, !warned)
+    hide(contact, !contact.matches("a") || !/unreachable|busy/.test(name))
+  }
+
+  const announce = (text = "") => {
+    heard.replaceChildren(el("p", {}, panel.hidden ? TEXTS.unread : text))
+    count(panel.hidden ? unread + 1 : 0)
+  }
+
+  const count = (replies = 0) => {
+    unread = replies
+    badge.textContent = `${unread}`
+    badge.hidden = !unread
+    launcher.ariaLabel = TEXTS.launcher + (unread ? ` (${unread} ${TEXTS.unread})` : "")
+  }
+
+  const toEnd = () => {
+    log.scrollTop = log.scrollHeight
+    pinned = true
+    hide(newer)
+  }
+
+  const follow = () => pinned ? toEnd() : hide(newer, false)
+
+  const schedule = () => {
+    if (!dirty) setTimeout(() => {
+      if (dirty?.text) draw(dirty)
+      dirty = undefined
+      follow()
+    }, FRAME)
+    dirty = running
+  }
+
+  /** @returns {Bubble} */
+  const bubble = (part = "", before = log.lastElementChild) => {
+    const body = el("div", { dir: "auto" })
+    const note = el("small")
+    const node = el("div", { part: `message ${part}` }, body, note)
+    if (before) before.after(node)
+    else log.append(node)
+    return { id: "", text: "", node, body, note, settled: "", kept: 0 }
+  }
+
+  /** Take a message off the page and give its words back. @param {Bubble} message */
+  const takeBack = ({ id, text, node }) => {
+    transmit("stop", { id })
+    bubbles.delete(id)
+    node.remove()
+    input.value = [text, input.value].filter(Boolean).join("\n")
+    input.focus()
+    flush()
+  }
+
+  /** @param {Bubble} message */
+  const refuse = (message, code = "", detail = "") => {
+    message.open = false
+    message.node.dataset.state = "refused"
+    message.note.replaceChildren(detail)
+    if (input.value) message.note.append(button("cancel", () => takeBack(message)))
+    else input.value = message.text
+    announce(detail)
+    emit("error", { code })
+  }
+
+  const refresh = () => {
+    hide(stop, !running)
+    for (const message of bubbles.values()) {
+      const { node, note, reply, open } = message
+      const state = open && reply?.node.dataset.state !== "streaming" ? "waiting" : "sent"
+      if (open === undefined || node.dataset.state === "refused" || node.dataset.state === state) continue
+      node.dataset.state = state
+      if (note.contains(shadow.activeElement)) input.focus()
+      note.replaceChildren(...(state === "sent" ? [] : [TEXTS.waiting, button("cancel", () => takeBack(message))]))
+    }
+  }
+
+  const greet = (text = "") => {
+    const greeting = bubble("reply")
+    unanswered()[0]?.node.before(greeting.node)
+    greeting.text = text
+    draw(greeting)
+    announce(greeting.body.textContent ?? "")
+    follow()
+  }
+
+  const say = (words = "") => {
+    const text = `${words}`.trim()
+    if (!text) return
+    const id = crypto.getRandomValues(new Uint32Array(4)).join("-") // randomUUID is missing on plain http.
+    const message = bubble("visitor")
+    message.body.append(text)
+    bubbles.set(id, Object.assign(message, { id, text, open: true }))
+    emit("message", { id, role: "user", text })
+    typedStays = 0
+    if (live) tell("")
+    if (wanted) flush()
+    else connect()
+    toEnd()
+  }
+
+  const submit = () => {
+    const text = input.value
+    input.value = ""
+    say(text)
+    input.focus()
+  }
+
+  const remain = () => {
+    transmit("stay")
+    tell("")
+  }
+
+  const copy = () => {
+    const text = [...log.children].map(({ part, firstChild }) => (part.contains("visitor") ? "> " : "") + firstChild?.textContent).join("\n\n")
+    navigator.clipboard.writeText(text)
+  }
+
+  const open = () => {
+    const opening = panel.hidden
+    panel.hidden = false
+    launcher.ariaExpanded = "true"
+    count(0)
+    tint()
+    follow()
+    input.focus()
+    if (!wanted && !ended) connect()
+    if (opening) emit("open")
+  }
+
+  const close = () => {
+    if (panel.hidden) return
+    const inside = panel.contains(shadow.activeElement)
+    panel.hidden = true
+    launcher.ariaExpanded = "false"
+    if (inside) launcher.focus()
+    emit("close")
+  }
+
+  /** Black or white on the accent, by its luminance. */
+  const tint = () => {
+    const [r, g, b] = (getComputedStyle(launcher).caretColor.match(/[\d.]+/g) ?? []).map((value) => Number(value) ** 2.2)
+    root.style.setProperty("--on", 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff")
+  }
+
+  // ---- Start ----
+
+  const sheet = new CSSStyleSheet()
+  sheet.replaceSync(STYLES)
+  shadow.adoptedStyleSheets = [sheet]
+  shadow.append(root)
+  launcher.append(badge)
+  launcher.ariaExpanded = "false"
+  launcher.setAttribute("aria-controls", "panel")
+  if (CSS.supports("color", accent)) host.style.setProperty("--chat-accent", accent)
+
+  input.oninput = () => {
+    if (warned && typedStays++ < TYPED_STAYS) remain()
+  }
+  panel.onkeydown = (event) => {
+    event.stopPropagation() // The page's own shortcuts are not for words typed here.
+    if (event.isComposing || event.keyCode === 229) return // An input method is at work.
+    if (event.key === "Escape") close()
+    if (event.key === "Enter" && !event.shiftKey && event.target === input) {
+      event.preventDefault()
+      submit()
+    }
+  }
+  log.onscroll = () => {
+    pinned = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR
+    if (pinned) hide(newer)
+  }
+  new ResizeObserver(() => pinned && toEnd()).observe(log)
+
+  const view = /** @type {VisualViewport} */ (window.visualViewport)
+  const fit = () => { // A phone's keyboard covers part of the page without resizing it.
+    root.style.setProperty("--top", `${view.offsetTop}px`)
+    root.style.setProperty("--height", `${view.height * view.scale}px`)
+  }
+  for (const type of ["resize", "scroll"]) view.addEventListener(type, fit, { signal })
+  for (const type of ["online", "pageshow"]) addEventListener(type, wake, { signal })
+  document.addEventListener("visibilitychange", wake, { signal })
+  addEventListener("pagehide", drop, { signal }) // An open socket keeps a page out of the back/forward cache.
+
+  // Beside the body, since some pages swap that.
+  const attach = () => host.isConnected || document.documentElement.append(host)
+  const keeper = new MutationObserver(attach)
+  keeper.observe(document, { childList: true })
+  keeper.observe(document.documentElement, { childList: true })
+  customElements.get(TAG) ?? customElements.define(TAG, class extends HTMLElement {})
+  attach()
+  tint()
+
+  page.ChatSession = {
+    open, close, send: say,
+    destroy() {
+      transmit("end")
+      life.abort()
+      drop()
+      wanted = false
+      keeper.disconnect()
+      host.remove()
+      delete page.ChatSession
+    },
+  }
+  // A page that is rendered ahead of its visit gets no frame before it.
+  if (options.open !== undefined) requestAnimationFrame(open)
+})()
