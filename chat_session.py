@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["litestar>=2.15,<4", "msgspec>=0.18.6", "cachetools>=5.5", "uvicorn>=0.30", "websockets>=13"]
 # ///
-"""A live website chat for any Litestar app: one plugin, one script tag.
+r"""A live website chat for any Litestar app: one plugin, one script tag.
 
 A visitor clicks a bubble; a short-lived token is minted; a websocket opens; a greeting shows. Each message
 goes onto a short scratchpad, your *answerer* is asked, and its reply streams back word by word. After a few
@@ -43,7 +43,7 @@ the server sends    with
 ``text-delta``      ``id``, ``delta``                                                the next words
 ``source-url``      ``sourceId``, ``url``, ``title``                                 a citation
 ``text-end``        ``id``                                                           after the last words
-``finish``                                                                           \\
+``finish``                                                                           \
 ``abort``           ``reason``: ``stopped``, ``interrupted``                         } one ends each reply
 ``error``           ``errorText``                                                    /
 ``message-rejected`` ``id``, ``code``, ``detail``, ``retryAfter``?                   the session goes on
@@ -86,8 +86,17 @@ import secrets
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import partial
@@ -104,7 +113,7 @@ from litestar.stores.base import Store
 
 if TYPE_CHECKING:
     from litestar.config.app import AppConfig
-    from litestar.types import Guard, Middleware
+    from litestar.types import Middleware
 
 __all__ = ("Chat", "ChatSessionConfig", "ChatSessionPlugin", "Message", "Reply", "SessionRow", "Source")
 __version__ = "0.1.0"
@@ -143,8 +152,8 @@ _REASONS: dict[_Close, str] = {
 }
 
 _SUBPROTOCOL = "chat-session.v1"
-_TOKEN_PREFIX = "token."
-_ENV_SECRET = "CHAT_SESSION_SECRET"
+_TOKEN_PREFIX = "token."  # noqa: S105 - a subprotocol's
+_ENV_SECRET = "CHAT_SESSION_SECRET"  # noqa: S105 - where it is, not what
 _MIN_SECRET = 32  # bytes, the size of the MAC: RFC 2104 section 3 discourages shorter keys
 _MAX_TOKEN = 2048  # characters; ours have about 150, and what is longer is not worth a hash
 _WORD_WAIT = 0.016  # seconds that a word may wait for company: one refresh of a 60 Hz screen
@@ -222,7 +231,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
         end_reason: Why it ended: ``idle``, ``visitor``, ``dropped``, ``restart`` or ``replaced``.
         turns: Replies that were finished or stopped.
         visitor: What the ``visitor`` option said of the token request.
-        reply: The last reply, on a row that ended as ``dropped``, ``restart`` or ``replaced``, for ``reply_ttl`` seconds.
+        reply: The last reply, for ``reply_ttl`` seconds after an end as ``dropped``, ``restart`` or ``replaced``.
 
     """
 
@@ -290,6 +299,10 @@ def _find_id(text: str) -> str | None:
         return None
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _whole(text: str) -> str:
     """Make *text* fit for UTF-8: surrogate pairs become their character, lone halves U+FFFD."""
     if text.isascii():
@@ -314,81 +327,81 @@ class _RowKeeper(Protocol):
         """Return the row of *session_id*, or None."""
 
 
-def _is_async(function: Any) -> bool:
-    """Tell whether calling *function* gives a coroutine: a function, a partial of one, or an object that is called."""
+def _unwrap(function: Any) -> Any:
+    """Find what a partial or an object with ``__call__`` runs."""
     while isinstance(function, partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - its kind is asked, not whether it is there
+    return function if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004 - not a test
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(_unwrap(function))
 
 
 def _is_answerer(function: Any) -> bool:
-    while isinstance(function, partial):
-        function = function.func
-    calls = (function, getattr(function, "__call__", None))  # noqa: B004 - as above
-    return _is_async(function) or any(inspect.isasyncgenfunction(each) for each in calls)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9/._~-]*", value) is not None
-
-
-def _is_secret(value: Any) -> bool:
-    keys = [value] if value is None or isinstance(value, (str, bytes)) else value
-    return isinstance(keys, (list, tuple)) and len(keys) > 0 and all(key is value is None or _is_key(key) for key in keys)
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, (str, bytes)) and len(_as_bytes(value)) >= _MIN_SECRET
+    return _is_async(function) or inspect.isasyncgenfunction(_unwrap(function))
 
 
 def _as_bytes(key: str | bytes) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
-def _are_origins(value: Any) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    return is_list and all(isinstance(each, str) and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", each, re.IGNORECASE) for each in value)
+def _is_key(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) and len(_as_bytes(value)) >= _MIN_SECRET
 
 
-def _are_rows(value: Any) -> bool:
-    if value is None or isinstance(value, Store):
-        return True
-    if isinstance(value, str):
-        return value != ""
-    return _is_async(value) or (_is_async(getattr(value, "save", None)) and _is_async(getattr(value, "load", None)))
+def _is_origin(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+", value, re.IGNORECASE) is not None
 
 
-def _is_optional_callable(value: Any) -> bool:
-    return value is None or callable(value)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-_DURATION = (lambda value: _is_number(value) and value > 0, "a number of seconds above 0")
-_PAUSE = (lambda value: _is_number(value) and value >= 0, "a number of seconds, 0 or more")
-_COUNT = (lambda value: type(value) is int and value >= 1, "a whole number, 1 or more")
-_LIST = (lambda value: isinstance(value, Sequence) and not isinstance(value, str), "a list")
+def _is_keeper(value: Any) -> bool:
+    is_object = _is_async(getattr(value, "save", None)) and _is_async(getattr(value, "load", None))
+    return isinstance(value, Store) or (isinstance(value, str) and value != "") or is_object or _is_async(value)
 
-#: For each field: what its value must satisfy, and how to say so.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "path": (_is_path, "a path such as '/chat', without parameters"),
-    "secret": (_is_secret, f"a key, or a list of keys, each of {_MIN_SECRET} bytes or more"),
+
+_Rule: TypeAlias = tuple[Callable[[Any], bool], str]
+
+#: What a value must satisfy, and how to say so: by field, or else by the field's type.
+_RULES: dict[str, _Rule] = {
+    "float": (
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "a number of seconds above 0",
+    ),
+    "int": (lambda value: type(value) is int and value >= 1, "a whole number, 1 or more"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "path": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9/._~-]*", value) is not None,
+        "a path such as '/chat', without parameters",
+    ),
+    "secret": (
+        lambda value: (
+            value is None or _is_key(value) or (_is_list(value) and len(value) > 0 and all(map(_is_key, value)))
+        ),
+        f"a key, or a list of keys, each of {_MIN_SECRET} bytes or more",
+    ),
     "greeting": (lambda value: isinstance(value, str) or callable(value), "text, or a callable that returns it"),
-    **dict.fromkeys(("scratchpad_ttl", "idle_timeout", "token_ttl", "reply_ttl", "chunk_timeout"), _DURATION),
-    **dict.fromkeys(("answer_timeout", "send_timeout", "ping_interval"), _DURATION),
-    **dict.fromkeys(("idle_warning", "shutdown_grace"), _PAUSE),
-    **dict.fromkeys(("scratchpad_turns", "max_sessions", "max_sessions_per_client", "tokens_per_minute"), _COUNT),
-    **dict.fromkeys(("messages_per_minute", "max_message_chars", "max_reply_chars"), _COUNT),
-    "max_pending": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
-    "allowed_origins": (_are_origins, "a list of origins such as 'https://www.example.com', without a path or a wildcard"),
-    "client_address": (_is_optional_callable, "a callable from the connection to an address"),
-    "rows": (_are_rows, "an async save(row), an object with async save(row) and load(session_id), or a store or its name"),
-    "visitor": (_is_optional_callable, "a callable from the token request to an id or None"),
-    "serve_widget": (lambda value: isinstance(value, bool), "True or False"),
-    **dict.fromkeys(("guards", "middleware"), _LIST),
+    "allowed_origins": (
+        lambda value: _is_list(value) and all(map(_is_origin, value)),
+        "a list of origins such as 'https://www.example.com', without a path or a wildcard",
+    ),
+    "client_address": (lambda value: value is None or callable(value), "a callable from the connection to an address"),
+    "visitor": (lambda value: value is None or callable(value), "a callable from the token request to an id or None"),
+    "rows": (
+        lambda value: value is None or _is_keeper(value),
+        "an async save(row), an object with async save(row) and load(session_id), or a store or its name",
+    ),
+    "guards": (_is_list, "a list"),
+    "middleware": (_is_list, "a list"),
     "opt": (lambda value: isinstance(value, Mapping), "a mapping"),
+    **dict.fromkeys(
+        ("idle_warning", "shutdown_grace"),
+        (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number of seconds, 0 or more"),
+    ),
+    "max_pending": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
 }
 
 
@@ -396,85 +409,65 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 class ChatSessionConfig:
     """All that can be set; times are in seconds, lengths in Unicode code points.
 
-    Attributes:
-        path: Where the routes are mounted.
-        secret: The key that signs tokens, or a list of keys (the first signs, all verify), each of 32 bytes or more.
-            None reads ``CHAT_SESSION_SECRET``, and without that makes a random key for this process.
-        greeting: Text, or a callable from the connection to text, sync or async.
-        scratchpad_turns: Turns kept, the one being answered included.
-        scratchpad_ttl: How long a scratchpad is kept after its last turn.
-        idle_timeout: Time without a message before a gentle close.
-        idle_warning: Time before that close that the visitor is warned; 0 for no warning.
-        token_ttl: How long a token can open a session.
-        reply_ttl: How long an ended session's reply waits for its visitor.
-        chunk_timeout: The longest silence of an answerer, after which the reply fails.
-        answer_timeout: The longest reply, after which it fails.
-        send_timeout: A visitor who reads nothing for this long has left.
-        ping_interval: Time between pings; no frame for 10 s more means that the visitor has left.
-        shutdown_grace: Time that running replies get at shutdown.
-        allowed_origins: Origins besides the app's own, such as ``https://www.example.com``.
-        max_sessions: Open sessions in this process.
-        max_sessions_per_client: Open sessions of one address.
-        tokens_per_minute: Token requests of one address.
-        client_address: A callable from the connection to the visitor's address. None takes the peer's, and does not
-            limit one that is not global, since that is a proxy or a test.
-        messages_per_minute: Messages of one session.
-        max_message_chars: The longest message.
-        max_reply_chars: The longest reply; what is longer is cut and ends as finished.
-        max_pending: Messages of one session that may wait behind the one being answered.
-        rows: Where rows go besides memory: an async ``save(row)``, an object with async ``save(row)`` and
-            ``load(session_id)``, a Litestar store, or the name of one in the app's registry.
-        visitor: A callable, sync or async, from the token request to the id of a signed-in visitor, or None.
-        serve_widget: Whether to serve ``widget.js`` from beside this module.
-        guards, middleware, opt: Handed to every route that the plugin mounts.
-
     Raises:
         ImproperlyConfiguredException: If a value makes no sense; it names the field and the value, never a secret.
 
     """
 
+    #: Where the routes are mounted.
     path: str = "/chat"
+    #: The key that signs tokens, or a list of keys (the first signs, all verify), each of 32 bytes or more; None reads
+    #: ``CHAT_SESSION_SECRET``, and without that makes a random key for this process.
     secret: str | bytes | Sequence[str | bytes] | None = field(default=None, repr=False)
+    #: Text, or a callable from the connection to text, sync or async.
     greeting: str | Callable[[_Connection], str | Awaitable[str]] = "Hi! How can I help?"
-    scratchpad_turns: int = 6
-    scratchpad_ttl: float = 180.0
-    idle_timeout: float = 300.0
-    idle_warning: float = 60.0
-    token_ttl: float = 60.0
-    reply_ttl: float = 600.0
-    chunk_timeout: float = 60.0
-    answer_timeout: float = 300.0
-    send_timeout: float = 10.0
-    ping_interval: float = 25.0
-    shutdown_grace: float = 10.0
-    allowed_origins: Sequence[str] = ()
-    max_sessions: int = 10_000
-    max_sessions_per_client: int = 50
-    tokens_per_minute: int = 30
+    scratchpad_turns: int = 6  #: turns kept, the one being answered included
+    scratchpad_ttl: float = 180.0  #: how long a scratchpad is kept after its last turn
+    idle_timeout: float = 300.0  #: time without a message before a gentle close
+    idle_warning: float = 60.0  #: time before that close that the visitor is warned; 0 for no warning
+    token_ttl: float = 60.0  #: how long a token can open a session
+    reply_ttl: float = 600.0  #: how long an ended session's reply waits for its visitor
+    chunk_timeout: float = 60.0  #: the longest silence of an answerer, after which the reply fails
+    answer_timeout: float = 300.0  #: the longest reply, after which it fails
+    send_timeout: float = 10.0  #: a visitor who reads nothing for this long has left
+    ping_interval: float = 25.0  #: time between pings; no frame for 10 s more means that the visitor has left
+    shutdown_grace: float = 10.0  #: time that running replies get at shutdown
+    allowed_origins: Sequence[str] = ()  #: origins besides the app's own, such as ``https://www.example.com``
+    max_sessions: int = 10_000  #: open sessions in this process
+    max_sessions_per_client: int = 50  #: open sessions of one address
+    tokens_per_minute: int = 30  #: token requests of one address
+    #: A callable from the connection to the visitor's address; None takes the peer's, and does not limit one that is
+    #: not global, since that is a proxy or a test.
     client_address: Callable[[_Connection], str] | None = None
-    messages_per_minute: int = 20
-    max_message_chars: int = 4_000
-    max_reply_chars: int = 32_000
-    max_pending: int = 4
+    messages_per_minute: int = 20  #: messages of one session
+    max_message_chars: int = 4_000  #: the longest message
+    max_reply_chars: int = 32_000  #: the longest reply; what is longer is cut and ends as finished
+    max_pending: int = 4  #: messages of one session that may wait behind the one being answered
+    #: Where rows go besides memory: an async ``save(row)``, an object with async ``save(row)`` and
+    #: ``load(session_id)``, a Litestar store, or the name of one in the app's registry.
     rows: _SaveRow | _RowKeeper | Store | str | None = None
+    #: A callable, sync or async, from the token request to the id of a signed-in visitor, or None.
     visitor: Callable[[Request[Any, Any, Any]], str | Awaitable[str | None] | None] | None = None
-    serve_widget: bool = True
-    guards: Sequence[Guard] = ()
+    serve_widget: bool = True  #: whether to serve ``widget.js`` from beside this module
+    guards: Sequence[
+        Callable[[_Connection, Any], Awaitable[None] | None]
+    ] = ()  #: handed to every route that the plugin mounts, as are the next two
     middleware: Sequence[Middleware] = ()
-    opt: Mapping[str, Any] = field(default_factory=dict)
+    opt: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         """Refuse nonsense by name and value, before anything is served with it."""
-        for name, (is_right, rule) in _RULES.items():
-            value = getattr(self, name)
-            if not is_right(value):
-                shown = "what it is" if name == "secret" else repr(value)
-                raise ImproperlyConfiguredException(f"ChatSessionConfig.{name} must be {rule}, not {shown}")
-        if self.idle_warning > self.idle_timeout:
-            raise ImproperlyConfiguredException(
-                f"ChatSessionConfig.idle_warning must be at most idle_timeout, {self.idle_timeout!r}, "
-                f"not {self.idle_warning!r}"
-            )
+        for each in fields(self):
+            is_right, rule = _RULES.get(each.name) or _RULES[str(each.type)]
+            self._require(is_right(getattr(self, each.name)), each.name, rule)
+        self._require(
+            self.idle_warning <= self.idle_timeout, "idle_warning", f"at most idle_timeout, {self.idle_timeout!r}"
+        )
+
+    def _require(self, is_right: bool, name: str, rule: str) -> None:  # noqa: FBT001 - it is the condition
+        if not is_right:
+            value = "what it is" if name == "secret" else repr(getattr(self, name))
+            raise ImproperlyConfiguredException(f"ChatSessionConfig.{name} must be {rule}, not {value}")
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
@@ -511,7 +504,7 @@ class _Token:
         signed, _, mac = text.rpartition(".")
         if len(text) > _MAX_TOKEN or not text.isascii():
             return None
-        if not any([hmac.compare_digest(_mac(key, signed), mac) for key in keys]):
+        if sum(hmac.compare_digest(_mac(key, signed), mac) for key in keys) == 0:  # none is skipped: constant time
             return None
         _, session, seconds, millis, origin, previous, visitor = signed.split(".")
         name = base64.urlsafe_b64decode(visitor[1:] + "==").decode() if visitor else None
@@ -575,7 +568,7 @@ def _without_port(host: str, scheme: str) -> str:
 
 
 def _network(address: str) -> str:
-    """Return what *address* is counted as: an IPv6 visitor commands a whole /64 (RFC 6177), and mapped IPv4 is IPv4."""
+    """Return what *address* counts as: an IPv6 visitor commands a whole /64 (RFC 6177), and mapped IPv4 is IPv4."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -596,8 +589,6 @@ def _is_global(address: str) -> bool:
 class _Rate:
     """So many a minute, counted by the generic cell rate algorithm (ITU-T I.371): one number, no list of times."""
 
-    __slots__ = ("_allowance", "_due", "_interval")
-
     def __init__(self, per_minute: int) -> None:
         self._interval = 60.0 / per_minute
         self._allowance = 60.0 - self._interval
@@ -605,8 +596,8 @@ class _Rate:
 
     def wait(self, now: float) -> int:
         """Take one and return 0, or return the whole seconds after which one can be taken."""
-        late = max(self._due, now) - now - self._allowance
-        if late > 1e-9:
+        late = round(max(self._due, now) - now - self._allowance, 6)
+        if late > 0:
             return math.ceil(late)
         self._due = max(self._due, now) + self._interval
         return 0
@@ -678,7 +669,7 @@ class _Rows:
     def bind(self, app: Litestar) -> None:
         """Look the keeper up, which needs the app where it goes by the name of a store."""
         rows: Any = app.stores.get(self._config.rows) if isinstance(self._config.rows, str) else self._config.rows
-        keeper = _StoreRows(rows, self._config.reply_ttl) if isinstance(rows, Store) else rows
+        keeper: Any = _StoreRows(rows, self._config.reply_ttl) if isinstance(rows, Store) else rows
         self._save = getattr(keeper, "save", keeper)
         self._load = getattr(keeper, "load", None)
 
@@ -707,7 +698,8 @@ class _Rows:
         """Return the row of *session_id*; None also where the keeper fails or is slow."""
         if self._load is None:
             return None
-        return await self._guard(self._load(session_id), "loaded", session_id, _LOAD_TIMEOUT)
+        row = await self._guard(self._load(session_id), "loaded", session_id, _LOAD_TIMEOUT)
+        return row if isinstance(row, SessionRow) else None
 
     async def _guard(self, call: Awaitable[Any], what: str, session_id: str, limit: float) -> Any:
         try:
@@ -750,12 +742,14 @@ class _WrongAnswerError(TypeError):
 async def _ask(answer: _Answerer, chat: Chat) -> AsyncIterator[str | Source]:
     """Call the host's answerer and return what it streams."""
     said = answer(chat)
-    pieces = await said if inspect.isawaitable(said) else said
+    pieces: Any = await said if inspect.isawaitable(said) else said
     if isinstance(pieces, str):
         return _once(pieces)
     if isinstance(pieces, AsyncIterable):
-        return aiter(pieces)
-    raise _WrongAnswerError(f"it returned {type(pieces).__name__}, neither str nor an async iterable: is a yield missing?")
+        return aiter(cast("_Pieces", pieces))
+    raise _WrongAnswerError(
+        f"it returned {type(pieces).__name__}, neither str nor an async iterable: is a yield missing?"
+    )
 
 
 async def _once(text: str) -> AsyncIterator[str]:
@@ -764,11 +758,6 @@ async def _once(text: str) -> AsyncIterator[str]:
 
 class _Answer:
     """A reply: asks the answerer in a task of its own, and tells whichever line listens."""
-
-    __slots__ = (
-        *("_born", "_desk", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer"),
-        *("id", "in_reply_to", "owner", "pasts", "sources", "status"),
-    )
 
     def __init__(self, desk: _Desk, reply: Reply) -> None:
         self.id = reply.id
@@ -789,7 +778,9 @@ class _Answer:
         loop = asyncio.get_running_loop()
         self.owner = owner
         self._born = self._heard = loop.time()
-        self._timer = loop.call_later(min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout), self._watch)
+        self._timer = loop.call_later(
+            min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout), self._watch
+        )
         self._task = loop.create_task(self._run(chat))
         self._task.add_done_callback(self._free)
         self._desk.answers[self] = self._task
@@ -843,7 +834,12 @@ class _Answer:
 
     def _abandon(self) -> None:
         if self in self._desk.answers:
-            _log.error("answerer %s did not stop within %g s of reply %s's end; it is left to itself", self._desk.answerer, _STOP_GRACE, self.id)
+            _log.error(
+                "answerer %s did not stop within %g s of reply %s's end; it is left to itself",
+                self._desk.answerer,
+                _STOP_GRACE,
+                self.id,
+            )
             self._free()
 
     def _free(self, _task: object = None) -> None:
@@ -854,7 +850,7 @@ class _Answer:
     async def _run(self, chat: Chat) -> None:
         try:
             await self._read(await _ask(self._desk.answer, chat))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the host's code: even SystemExit ends no more than its reply
             was_streaming = self.status == "streaming"
             if _is_cancelled(error):
                 self.end("interrupted")
@@ -888,7 +884,7 @@ class _Answer:
             return
         if isinstance(piece, str):
             self._say(self._join(piece))
-        elif isinstance(piece, Source) and isinstance(piece.url, str) and isinstance(piece.title, str):
+        elif isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
             self.sources.append(Source(_whole(piece.url), _whole(piece.title)))
             self._post_source(len(self.sources) - 1)
         else:
@@ -990,11 +986,6 @@ _DETAILS: dict[str, str] = {
 
 class _Conversation:
     """One open session: what its visitor may do, decided without waiting for anything."""
-
-    __slots__ = (
-        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate"),
-        *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
-    )
 
     def __init__(self, desk: _Desk, token: _Token, address: str | None, line: _Line) -> None:
         self.row = SessionRow(id=token.session, started_at=_utc(), visitor=token.visitor)
@@ -1122,7 +1113,7 @@ class _Conversation:
             _Past(self._desk, self.row, self._last, is_own=self._last is not self._carried)
         else:
             self._desk.rows.put(self.row)
-        _log.info("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
+        _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
 
     # Asking, one at a time.
 
@@ -1331,9 +1322,7 @@ class _Desk:
 
 
 def _name(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+    return str(getattr(_unwrap(function), "__qualname__", type(function).__qualname__))
 
 
 # ---- The socket ------------------------------------------------------------------------------------------------------
@@ -1410,11 +1399,6 @@ class _Office:
 
 class _Line:
     """One visitor's websocket: a reader for its whole life, an outbox, and a pulse."""
-
-    __slots__ = (
-        *("_code", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_lock", "_max_bytes", "_office"),
-        *("_outbox", "_pulse", "_queued", "_reply", "_sender", "_socket", "_words", "conversation", "sent_at"),
-    )
 
     conversation: _Conversation
 
@@ -1519,7 +1503,7 @@ class _Line:
         """Read until the visitor leaves or we hang up, and close."""
         try:
             async with asyncio.timeout(None if self._code is None else 0) as self._limit:
-                while self._take(await self._socket.receive()):
+                while self._take(await self._socket.receive()):  # noqa: ASYNC110 - no event is waited for
                     await asyncio.sleep(0)  # one who floods does not hold up the others
         except TimeoutError:
             pass
@@ -1610,7 +1594,7 @@ class ChatSessionPlugin(InitPlugin):
 
     """
 
-    def __init__(self, answer: _Answerer, config: ChatSessionConfig = ChatSessionConfig()) -> None:
+    def __init__(self, answer: _Answerer, config: ChatSessionConfig = ChatSessionConfig()) -> None:  # noqa: D107
         if not _is_answerer(answer):
             raise ImproperlyConfiguredException(
                 f"answer must be an async generator function or a coroutine function, not {answer!r}: "
@@ -1646,7 +1630,8 @@ class ChatSessionPlugin(InitPlugin):
         app_config.route_handlers.extend((token, socket))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
-        app_config.lifespan.append(self._lifespan)
+        lifespan: list[Any] = app_config.lifespan  # pyright: ignore[reportUnknownMemberType] - Litestar's own type
+        lifespan.append(self._lifespan)
         return app_config
 
     def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
@@ -1660,7 +1645,7 @@ class ChatSessionPlugin(InitPlugin):
         return {"guards": list(config.guards), "middleware": list(config.middleware), "opt": {**opt, **config.opt}}
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Litestar) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Litestar) -> AsyncGenerator[None]:
         self._desk.open(app)
         self._desk.is_draining = False
         try:
@@ -1762,7 +1747,8 @@ class ChatSessionPlugin(InitPlugin):
 
     async def _answer_handshake(self, socket: WebSocket[Any, Any, Any]) -> None:
         self._desk.open(socket.app)
-        offered, origin = socket.scope.get("subprotocols") or [], socket.headers.get("origin")
+        offered: list[str] = cast("dict[str, Any]", socket.scope).get("subprotocols") or []
+        origin = socket.headers.get("origin")
         texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
         token = _Token.verify(self._keys, texts[0]) if texts else None
         # A proxy that rewrites Host makes the app's own origin look foreign; the token knows better.
@@ -1782,7 +1768,12 @@ class ChatSessionPlugin(InitPlugin):
         await self._open(socket, token, address, greeting)
 
     def _find_refusal(self, token: _Token | None, origin: str | None, address: str | None) -> _Close | None:
-        if token is None or token.expires <= time.time() or token.session in self._used or token.origin != _digest(origin):
+        if (
+            token is None
+            or token.expires <= time.time()
+            or token.session in self._used
+            or token.origin != _digest(origin)
+        ):
             return _Close.TOKEN
         is_busy = self._desk.is_full(token.previous) or self._desk.is_crowded(address, token.previous)
         return _Close.BUSY if is_busy else None

@@ -1,14 +1,13 @@
 /*! chat_session widget, MIT licence: <script src="/chat/widget.js" defer></script> */
 /**
- * Attributes of the tag:
+ * Attributes of the tag, beside data-text-NAME for each of TEXTS:
  *   data-endpoint      where the plugin is mounted, if not beside this file
- *   data-title         heading and accessible name
- *   data-position      right, left; default: where lines end
- *   data-accent        a colour; text on it turns black or white
+ *   data-title         heading and name
+ *   data-position      right, left
+ *   data-accent        colour
  *   data-theme         auto, light, dark
- *   data-open          opens at once, as if clicked
+ *   data-open          as if clicked
  *   data-fallback-url  offered when the chat cannot be reached
- *   data-text-NAME     replaces one of TEXTS
  *
  * @typedef {{ id: string, text: string, node: HTMLElement, body: HTMLElement, note: HTMLElement, settled: string, kept: number,
  *   open?: boolean, link?: number, reply?: Bubble, asked?: Bubble, whole?: boolean }} Bubble  A message, reply or greeting.
@@ -16,25 +15,23 @@
 (() => {
   "use strict"
   const page = /** @type {any} */ (window)
-  if (page.ChatSession) return // A second tag, or a swapped body that ran this one again.
+  if (page.ChatSession) return // A second tag, or a swapped body.
 
   const RETRY_MIN = 500
   const RETRY_MAX = 20_000
-  const HELD = 10_000 // A connection that lasted this long makes the waits short again.
-  const SLACK = 15_000 // Silence beyond the ping interval: the link is dead.
-  const LONGEST = 2 ** 31 - 1 // A timer with a longer delay fires at once.
+  const HELD = 10_000 // After this long the waits are short again.
+  const SLACK = 15_000 // Silence beyond the ping interval.
   const PATIENCE = 3 // Failures in a row that are just "Reconnecting".
   const TYPED_STAYS = 10
-  const NEAR = 40 // Pixels from the end that still count as reading along.
+  const NEAR = 40 // Pixels from the end.
   const TAG = "chat-session"
   const FRAME = 16 // A timer, since hidden pages get no animation frames.
   let limits = { pingInterval: 25, maxMessageChars: 4_000, maxPending: 4 }
 
   const script = /** @type {HTMLScriptElement} */ (
     document.currentScript ?? document.querySelector('script[src*="/widget.js"]'))
-  const options = script.dataset
-  const { endpoint = ".", title = "Chat", position = "", theme = "", accent = "", fallbackUrl = "" } = options
-  const base = new URL(endpoint, options.endpoint ? document.baseURI : script.src).href.replace(/\/$/, "")
+  const { endpoint = ".", title = "Chat", position = "", theme = "", accent = "", fallbackUrl = "" } = script.dataset
+  const base = new URL(endpoint, script.src).href.replace(/\/$/, "")
 
   // ---- Texts ----
 
@@ -99,7 +96,7 @@
       if (/^(https?|mailto|tel):$/.test(protocol)) {
         return el("a", { href, target: "_blank", rel: "noopener noreferrer nofollow ugc" }, text)
       }
-    } catch {} // Not an address.
+    } catch {}
     return el("span", {}, text)
   }
 
@@ -143,13 +140,13 @@
     let start = 0
     let open = false // The last block takes more lines.
     for (const line of text.split("\n")) {
-      const last = open && blocks.at(-1)
+      const last = blocks[blocks.length - 1]
       const [, fence = ""] = /^\s*(```+|~~~+)[^`]*$/.exec(line) ?? []
       const kind = fence ? "pre" : ITEM.test(line) ? "list" : "p"
-      if (last && last.fence) {
+      if (open && last.fence) {
         open = !line.trim().startsWith(last.fence)
         if (open) last.lines.push(line)
-      } else if (last && line.trim() && (kind === "p" || kind === last.kind)) {
+      } else if (open && line.trim() && (kind === "p" || kind === last.kind)) {
         last.lines.push(line)
       } else if ((open = /\S/.test(line))) {
         blocks.push({ kind, start, fence, lines: fence ? [] : [line] })
@@ -175,7 +172,7 @@
       ...items.map((item) => el("li", {}, ...blocksOf(item).map(build))))
   }
 
-  /** Draw what is new: a block that began on a finished line stays as it is once another has. @param {Bubble} reply */
+  /** Draw what is new: all but the last block that began on a finished line is settled. @param {Bubble} reply */
   const draw = (reply) => {
     const { body, text } = reply
     if (!text.startsWith(reply.settled)) Object.assign(reply, { settled: "", kept: 0 })
@@ -198,13 +195,13 @@
   let link = 0
   /** @type {WebSocket | undefined} */
   let socket
-  let wanted = false // There should be a connection, now or after a wait.
-  let ended = false // The server has said that the session is over.
-  let live = false // This connection has brought its `session-start`.
-  let previous = "" // The token of the last one that did.
+  let wanted = false
+  let ended = false
+  let live = false // Since `session-start`.
+  let previous = ""
   let token = ""
   let opened = 0
-  let due = 0 // When this connection counts as dead, or the next may begin.
+  let due = 0 // When the connection counts as dead, or the next may begin.
   let attempts = 0
   let failures = 0
   let refusals = 0
@@ -271,8 +268,8 @@
     const suspect = unanswered().filter((message) => message.link === link).at(-1)
     if (suspect && [1003, 1008, 1009].includes(code)) refuse(suspect, "failed", TEXTS.failed)
     if (code === 3000 && !refusals++) connect()
-    else if (code === 3000 || (code >= 400 && code < 500 && code !== 429)) later("unreachable", Infinity)
     else if ([429, 503, 1013].includes(code)) later("busy", Number(after) * 1000 || Date.parse(after) - Date.now() || 0)
+    else if (code === 3000 || (code >= 400 && code < 500)) later("unreachable", Infinity)
     else later(failures < PATIENCE ? "reconnecting" : "unreachable")
   }
 
@@ -284,7 +281,7 @@
     wanted = wait < Infinity
     due = Date.now() + wait
     const jitter = Math.random() * Math.min(RETRY_MAX - RETRY_MIN, RETRY_MIN * 2 ** attempts++)
-    if (wanted) timer = setTimeout(connect, Math.min(Math.max(wait, 0) + RETRY_MIN + jitter, LONGEST))
+    if (wanted) timer = setTimeout(connect, Math.max(wait, 0) + RETRY_MIN + jitter)
     tell(notice)
     if (notice !== "reconnecting") emit("error", { code: notice })
   }
@@ -334,7 +331,7 @@
       limits = { ...limits, ...frame }
       live = true
       opened = Date.now()
-      failures = refusals = typedStays = 0
+      failures = refusals = 0
       tell("")
       if (!previous) greet(frame.greeting)
       previous = token
@@ -368,7 +365,7 @@
       follow()
     },
     finish: () => settle("finished"),
-    abort: ({ reason }) => settle(reason),
+    abort: ({ reason }) => settle(reason, "…"),
     error({ errorText }) {
       settle("failed", errorText || TEXTS.failed)
       emit("error", { code: "failed" })
@@ -409,23 +406,25 @@ aside {
   --soft: color-mix(in srgb, var(--text) 7%, var(--bg));
   --line: color-mix(in srgb, var(--text) 16%, var(--bg));
   --mute: color-mix(in srgb, var(--text) 72%, var(--bg));
+  --on: contrast-color(var(--accent));
   color-scheme: light dark;
   color: var(--text);
   font: 15px/1.45 var(--chat-font, system-ui, sans-serif);
 }
+@supports not (color: contrast-color(red)) { aside { --on: lch(from var(--accent) calc((49.4 - l) * 999) 0 0) } }
 [data-theme=light] { color-scheme: light }
 [data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box }
-[hidden], :empty:is(small, [part=notice]) { display: none !important }
+[hidden], small:empty { display: none !important }
 button { padding: 8px; cursor: pointer; font: inherit; color: inherit; background: none; border: 1px solid transparent; border-radius: 12px }
 :focus-visible { outline: 2px solid; outline-offset: 1px }
 svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round }
 [part=launcher], [part=panel] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
 [data-position=left] > * { left: 20px; right: auto }
 [data-position=right] > * { right: 20px; left: auto }
-[part=launcher], [part=send], [part=newer], [part~=visitor] { background: var(--accent); color: var(--on, #fff) }
-[part=launcher] { padding: 16px; border-radius: 50%; box-shadow: 0 4px 16px #0004; caret-color: color-mix(in srgb, var(--accent), var(--accent)) }
-[part=badge] { position: absolute; inset: -4px -4px auto auto; min-width: 22px; border-radius: 11px; background: #c62828; color: #fff; font: 13px/22px sans-serif }
+[part=launcher], [part=send], [part=newer], [part~=visitor] { background: var(--accent); color: var(--on) }
+[part=launcher] { padding: 16px; border-radius: 50%; box-shadow: 0 4px 16px #0004 }
+[part=badge] { position: absolute; inset: -4px -4px auto auto; min-width: 22px; border-radius: 11px; background: var(--text); color: var(--bg); font: 13px/22px sans-serif }
 [part=panel] {
   inset-block-end: 88px; display: flex; flex-direction: column; overflow: hidden;
   width: min(var(--chat-width, 380px), 100vw - 40px); height: min(var(--chat-height, 600px), 100dvh - 108px);
@@ -446,8 +445,7 @@ ul, ol { padding-inline-start: 22px }
 li > *, div > :last-child { margin-bottom: 0 }
 pre, code { font: 13px/1.5 ui-monospace, monospace; background: var(--line); border-radius: 5px; padding: 1px 4px }
 a { color: inherit }
-[data-state=streaming] > :empty::before { content: "● ● ●"; font-size: 10px; color: var(--mute) }
-[data-state=stopped] > div::after, [data-state=interrupted] > div::after { content: "…" }
+[data-state=streaming] > :empty::before { content: "● ● ●"; font-size: 10px; color: var(--mute); animation: breathe 1.2s infinite }
 [part=sources] { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; font-size: 13px }
 [part=sources] > * { padding: 3px 9px; border: 1px solid var(--line); border-radius: 8px; background: var(--bg) }
 footer { position: relative; padding: 10px; border-top: 1px solid var(--line) }
@@ -464,7 +462,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
 @keyframes late { from { position: absolute; opacity: 0 } }
 @keyframes breathe { 50% { opacity: 0.3 } }
 [data-state=waiting] small { animation: late 0s 0.4s backwards }
-@media (prefers-reduced-motion: no-preference) { [data-state=streaming] > :empty::before { animation: breathe 1.2s infinite } }
+@media (prefers-reduced-motion) { ::before { animation: none !important } }
 @media (max-width: 480px), (max-height: 420px) {
   [part=panel] {
     inset: var(--top, 0) 0 auto; width: auto; height: var(--height, 100dvh); border: 0; border-radius: 0;
@@ -474,9 +472,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
 }
 `
 
-  let warned = false
   let unread = 0
-  let pinned = true // The visitor reads along at the end of the transcript.
+  let pinned = true // The visitor reads along.
   /** @type {Bubble | undefined} */
   let dirty
 
@@ -511,18 +508,17 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
 
   const tell = (name = "", text = TEXTS[name] ?? "") => {
     if (notice.textContent !== text) notice.textContent = text
-    warned = name === "idle"
-    hide(stay, !warned)
+    hide(stay, name !== "idle")
     hide(contact, !contact.matches("a") || !/unreachable|busy/.test(name))
   }
 
   const announce = (text = "") => {
     heard.replaceChildren(el("p", {}, panel.hidden ? TEXTS.unread : text))
-    count(panel.hidden ? unread + 1 : 0)
+    count()
   }
 
-  const count = (replies = 0) => {
-    unread = replies
+  const count = () => {
+    unread = panel.hidden ? unread + 1 : 0
     badge.textContent = `${unread}`
     badge.hidden = !unread
     launcher.ariaLabel = TEXTS.launcher + (unread ? ` (${unread} ${TEXTS.unread})` : "")
@@ -560,7 +556,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     transmit("stop", { id })
     bubbles.delete(id)
     node.remove()
-    input.value = [text, input.value].filter(Boolean).join("\n")
+    input.value = `${text}\n${input.value}`.trim()
     input.focus()
     flush()
   }
@@ -597,8 +593,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     follow()
   }
 
-  const say = (words = "") => {
-    const text = `${words}`.trim()
+  const say = (text = "") => {
+    text = text.trim()
     if (!text) return
     const id = crypto.getRandomValues(new Uint32Array(4)).join("-") // randomUUID is missing on plain http.
     const message = bubble("visitor")
@@ -626,15 +622,19 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
 
   const copy = () => {
     const text = [...log.children].map(({ part, firstChild }) => (part.contains("visitor") ? "> " : "") + firstChild?.textContent).join("\n\n")
-    navigator.clipboard.writeText(text)
+    if (navigator.clipboard) return navigator.clipboard.writeText(text)
+    addEventListener("copy", (event) => { // Plain http has no clipboard of its own.
+      event.preventDefault()
+      event.clipboardData?.setData("text/plain", text)
+    }, { once: true })
+    document.execCommand("copy")
   }
 
   const open = () => {
     const opening = panel.hidden
     panel.hidden = false
     launcher.ariaExpanded = "true"
-    count(0)
-    tint()
+    count()
     follow()
     input.focus()
     if (!wanted && !ended) connect()
@@ -650,12 +650,6 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     emit("close")
   }
 
-  /** Black or white on the accent, by its luminance. */
-  const tint = () => {
-    const [r, g, b] = (getComputedStyle(launcher).caretColor.match(/[\d.]+/g) ?? []).map((value) => Number(value) ** 2.2)
-    root.style.setProperty("--on", 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff")
-  }
-
   // ---- Start ----
 
   const sheet = new CSSStyleSheet()
@@ -668,7 +662,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   if (CSS.supports("color", accent)) host.style.setProperty("--chat-accent", accent)
 
   input.oninput = () => {
-    if (warned && typedStays++ < TYPED_STAYS) remain()
+    if (!stay.hidden && typedStays++ < TYPED_STAYS) remain()
   }
   panel.onkeydown = (event) => {
     event.stopPropagation() // The page's own shortcuts are not for words typed here.
@@ -685,7 +679,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   }
   new ResizeObserver(() => pinned && toEnd()).observe(log)
 
-  const view = /** @type {VisualViewport} */ (window.visualViewport)
+  const view = /** @type {any} */ (visualViewport)
   const fit = () => { // A phone's keyboard covers part of the page without resizing it.
     root.style.setProperty("--top", `${view.offsetTop}px`)
     root.style.setProperty("--height", `${view.height * view.scale}px`)
@@ -702,7 +696,6 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   keeper.observe(document.documentElement, { childList: true })
   customElements.get(TAG) ?? customElements.define(TAG, class extends HTMLElement {})
   attach()
-  tint()
 
   page.ChatSession = {
     open, close, send: say,
@@ -717,5 +710,5 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     },
   }
   // A page that is rendered ahead of its visit gets no frame before it.
-  if (options.open !== undefined) requestAnimationFrame(open)
+  if (script.hasAttribute("data-open")) requestAnimationFrame(open)
 })()
