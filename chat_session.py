@@ -160,9 +160,13 @@ _WORD_WAIT = 0.016  # seconds that a word may wait for company: one refresh of a
 _PONG_GRACE = 10.0  # seconds beyond the ping interval, Centrifugo's margin
 _CLOSE_GRACE = 1.0  # seconds for the last frames and the close of one socket
 _STOP_GRACE = 5.0  # seconds that a stopped answerer has for its ``finally``
-_LOAD_TIMEOUT = 5.0  # seconds for one ``load`` of a row, during which a visitor's messages wait
+_LOAD_TIMEOUT = 6.0  # seconds for one ``load`` of a row, during which a visitor's messages wait
 _SAVE_TIMEOUT = 30.0  # seconds for one ``save`` of a row, which nobody waits for
 _GREETING_TIMEOUT = 5.0  # seconds for the host's greeting; a visitor looks at an empty panel meanwhile
+_PATIENCE = 4.0  # seconds after which another worker that shows no sign of life is gone
+_GLANCE = 0.25  # seconds between two looks at another worker's row
+_SILENCE = 2.0  # seconds without a frame after which a visitor may have come back on another worker
+_BEAT = 1.0  # seconds between two signs of life, of which each is one call to a store
 _OPEN_ROW_TTL = 86_400  # seconds that a store keeps the row of an open session
 _RETRY_AFTER = 10  # seconds that a visitor whom we have no room for is asked to wait
 _INVALID_LIMIT = 3  # invalid frames of one session; a program sends them, not a person
@@ -640,41 +644,108 @@ class _Scratchpads:
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
+class _Shelf(msgspec.Struct, frozen=True):
+    """What a store holds of a session: its row, the worker that writes it, and a beat by which it shows it is alive."""
+
+    row: SessionRow
+    worker: str
+    beat: int
+
+
+class _TokenUsedError(Exception):
+    """Another worker has opened the session already."""
+
+
 class _StoreRows:
-    """Rows in a Litestar store, where each carries its own expiry; 0 would mean never (``Store.set``)."""
+    """Rows in a Litestar store, shared by workers; each carries its own expiry, where 0 would mean never.
+
+    A store only gets, sets and deletes, so one worker at a time writes a row: the one that holds the session. Another
+    asks it to let go by leaving a note in its box, under a key of its own.
+    """
 
     def __init__(self, store: Store, reply_ttl: float) -> None:
         self._store = store
         self._reply_ttl = max(1, math.ceil(reply_ttl))
+        self._beat = 0
+        self.worker = secrets.token_urlsafe(8)
 
     async def save(self, row: SessionRow, /) -> None:
+        """Write *row*; the first time, see to it that no other worker has opened the session."""
+        if row.ended_at is None and (await self.look(row.id) or self).worker != self.worker:
+            raise _TokenUsedError
+        self._beat += 1
+        shelf = _Shelf(row, self.worker, self._beat)
         lifetime = _OPEN_ROW_TTL if row.ended_at is None else self._reply_ttl
-        await self._store.set(f"chat_session.{row.id}", msgspec.json.encode(row), expires_in=lifetime)
+        await self._store.set(f"chat_session.{row.id}", _encode(shelf), expires_in=lifetime)
+
+    async def look(self, session_id: str) -> _Shelf | None:
+        """Read what is there; garbage or another version's bytes are as good as nothing."""
+        data = await self._store.get(f"chat_session.{session_id}")
+        try:
+            return None if data is None else msgspec.json.decode(data, type=_Shelf)
+        except (msgspec.MsgspecError, ValueError):
+            _log.warning("the store holds something else under the key of session %s; it is ignored", session_id)
+            return None
 
     async def load(self, session_id: str, /) -> SessionRow | None:
-        data = await self._store.get(f"chat_session.{session_id}")
-        return None if data is None else msgspec.json.decode(data, type=SessionRow)
+        """Return the row of a session that has ended, asking the worker that still holds it open to end it."""
+        give_up = _now() + _PATIENCE
+        shelf = await self.look(session_id)
+        while shelf is not None and shelf.row.ended_at is None and shelf.worker != self.worker and _now() < give_up:
+            box = f"chat_session.box.{shelf.worker}"
+            notes = await self._store.get(box) or b""
+            if session_id.encode() not in notes:
+                await self._store.set(box, notes + session_id.encode() + b" ", expires_in=_OPEN_ROW_TTL)
+            await asyncio.sleep(_GLANCE)
+            shelf = await self.look(session_id)
+        return shelf.row if shelf is not None and shelf.row.ended_at is not None else None
+
+    async def take_notes(self) -> list[str]:
+        """Empty this worker's box: the sessions that have come back elsewhere."""
+        box = f"chat_session.box.{self.worker}"
+        notes = await self._store.get(box)
+        if notes is not None:
+            await self._store.delete(box)
+        return (notes or b"").decode().split()
+
+    async def follow(self, session_id: str) -> AsyncGenerator[Reply]:
+        """Yield the reply that another worker writes, as it grows, until it has ended or nothing beats any more."""
+        beat, give_up = -1, _now() + _PATIENCE
+        while _now() < give_up:
+            shelf = None
+            with contextlib.suppress(Exception):  # a store that fails is as silent as a worker that is gone
+                async with asyncio.timeout(_PATIENCE):
+                    shelf = await self.look(session_id)
+            if shelf is not None and shelf.row.reply is not None and shelf.beat != beat:
+                beat, give_up = shelf.beat, _now() + _PATIENCE
+                yield shelf.row.reply
+            await asyncio.sleep(_GLANCE)
 
 
 class _Rows:
     """Saves each session's rows in order, by one writer, which never delays a greeting or a word."""
 
-    def __init__(self, config: ChatSessionConfig) -> None:
+    def __init__(self, config: ChatSessionConfig, on_used: Callable[[str], None]) -> None:
         self._config = config
+        self._on_used = on_used
         self._save: _SaveRow | None = None
         self._load: Callable[[str], Awaitable[SessionRow | None]] | None = None
         self._queues: dict[str, deque[SessionRow]] = {}
         self._writers: set[asyncio.Task[None]] = set()
+        self._is_failing = False
+        self.shared: _StoreRows | None = None
 
     def bind(self, app: Litestar) -> None:
         """Look the keeper up, which needs the app where it goes by the name of a store."""
         rows: Any = app.stores.get(self._config.rows) if isinstance(self._config.rows, str) else self._config.rows
-        keeper: Any = _StoreRows(rows, self._config.reply_ttl) if isinstance(rows, Store) else rows
-        self._save = getattr(keeper, "save", keeper)
-        self._load = getattr(keeper, "load", None)
+        if isinstance(rows, Store):
+            rows = self.shared = _StoreRows(rows, self._config.reply_ttl)
+        self._save = getattr(rows, "save", rows)
+        self._load = getattr(rows, "load", None)
 
     @property
     def can_load(self) -> bool:
+        """Whether a row can outlive this process."""
         return self._load is not None
 
     def put(self, row: SessionRow) -> None:
@@ -691,25 +762,43 @@ class _Rows:
 
     async def _write(self, save: _SaveRow, queue: deque[SessionRow], session_id: str) -> None:
         while queue:
-            await self._guard(save(queue.popleft()), "saved", session_id, _SAVE_TIMEOUT)
+            await self._guard(save(queue.popleft()), session_id, _SAVE_TIMEOUT)
         del self._queues[session_id]
 
+    def is_saving(self, session_id: str) -> bool:
+        """Whether the session's writer is at work."""
+        return session_id in self._queues
+
     async def load(self, session_id: str) -> SessionRow | None:
-        """Return the row of *session_id*; None also where the keeper fails or is slow."""
+        """Return the row of a session that has ended; None also where the keeper fails or is slow."""
         if self._load is None:
             return None
-        row = await self._guard(self._load(session_id), "loaded", session_id, _LOAD_TIMEOUT)
+        row = await self._guard(self._load(session_id), session_id, _LOAD_TIMEOUT)
         return row if isinstance(row, SessionRow) else None
 
-    async def _guard(self, call: Awaitable[Any], what: str, session_id: str, limit: float) -> Any:
+    async def take_notes(self) -> list[str]:
+        """Return the sessions that have come back on another worker."""
+        return [] if self.shared is None else await self._guard(self.shared.take_notes(), "", _LOAD_TIMEOUT) or []
+
+    async def _guard(self, call: Awaitable[Any], session_id: str, limit: float) -> Any:
+        """Await the keeper; of failures in a row the log tells the first, and the end of them."""
         try:
             async with asyncio.timeout(limit):
-                return await call
+                value = await call
+        except _TokenUsedError:
+            self._on_used(session_id)
+            return None
         except BaseException as error:
             if _is_cancelled(error):
                 raise
-            _log.error("the row of session %s was not %s: %s", session_id, what, _tell(error))
-        return None
+            if not self._is_failing:
+                _log.error("rows fail, the first is that of session %s: %s", session_id, _tell(error))
+            self._is_failing = True
+            return None
+        if self._is_failing:
+            self._is_failing = False
+            _log.warning("rows are saved again")
+        return value
 
     async def drain(self, seconds: float) -> None:
         """Wait until all is saved, *seconds* at most."""
@@ -773,15 +862,14 @@ class _Answer:
         self._line: _Line | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, chat: Chat, owner: _Conversation) -> None:
-        """Ask the answerer. Only its task's own frames hold *chat*, so it goes when they go (decision 9)."""
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have the reply written by *work*, in a task of its own."""
         loop = asyncio.get_running_loop()
-        self.owner = owner
         self._born = self._heard = loop.time()
         self._timer = loop.call_later(
             min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout), self._watch
         )
-        self._task = loop.create_task(self._run(chat))
+        self._task = loop.create_task(work)
         self._task.add_done_callback(self._free)
         self._desk.answers[self] = self._task
 
@@ -847,7 +935,8 @@ class _Answer:
         if self._desk.answers.pop(self, None) is not None and self.owner is not None:
             self.owner.freed()
 
-    async def _run(self, chat: Chat) -> None:
+    async def ask(self, chat: Chat) -> None:
+        """Ask the answerer. Only this coroutine holds *chat*, so it goes when the reply does (decision 9)."""
         try:
             await self._read(await _ask(self._desk.answer, chat))
         except BaseException as error:  # noqa: BLE001 - the host's code: even SystemExit ends no more than its reply
@@ -857,6 +946,19 @@ class _Answer:
                 return
             self.end("failed")
             self._complain(error, "failed on" if was_streaming else "raised after the end of")
+
+    async def follow(self, replies: AsyncGenerator[Reply]) -> None:
+        """Tell what another worker's answerer says."""
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                self._heard = _now()
+                self._say(reply.text[len(self.text) :])
+                for source in reply.sources[len(self.sources) :]:
+                    self._cite(source)
+                if reply.status != "streaming":
+                    self.end(reply.status)
+                    return
+        self.end("interrupted")
 
     def _complain(self, error: BaseException, what: str) -> None:
         is_ours = isinstance(error, _WrongAnswerError)
@@ -885,8 +987,7 @@ class _Answer:
         if isinstance(piece, str):
             self._say(self._join(piece))
         elif isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
-            self.sources.append(Source(_whole(piece.url), _whole(piece.title)))
-            self._post_source(len(self.sources) - 1)
+            self._cite(Source(_whole(piece.url), _whole(piece.title)))
         else:
             raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
 
@@ -910,6 +1011,10 @@ class _Answer:
         if is_too_long:
             self._half = ""
             self.end("finished")
+
+    def _cite(self, source: Source) -> None:
+        self.sources.append(source)
+        self._post_source(len(self.sources) - 1)
 
     def _post_source(self, number: int) -> None:
         source = self.sources[number]
@@ -952,16 +1057,20 @@ class _Past:
         self._is_unfinished_turn = is_own and answer.status == "streaming"
         answer.pasts.append(self)
         desk.remember(row.id, self)
-        self.save()
 
     def save(self) -> None:
         """Save the row with the reply as it is; once that has ended, its time runs."""
-        status = self.answer.status
+        rows, loop, status = self._desk.rows, asyncio.get_running_loop(), self.answer.status
+        if self._timer is not None:
+            self._timer.cancel()
         if self._is_unfinished_turn and status in _TOLD:
             self._row = msgspec.structs.replace(self._row, turns=self._row.turns + 1)
         if status != "streaming":
-            self._timer = asyncio.get_running_loop().call_later(self._desk.config.reply_ttl, self.forget)
-        self._desk.rows.put(msgspec.structs.replace(self._row, reply=self.answer.reply))
+            self._timer = loop.call_later(self._desk.config.reply_ttl, self.forget)
+        elif rows.shared is not None:
+            self._timer = loop.call_later(_BEAT, self.save)  # so that other workers see it grow
+        if status != "streaming" or not rows.is_saving(self._row.id):
+            rows.put(msgspec.structs.replace(self._row, reply=self.answer.reply))
 
     def forget(self) -> None:
         """Let the stored reply go: its visitor has it, or has stayed away too long."""
@@ -1073,6 +1182,11 @@ class _Conversation:
             self._past = None
             past.forget()
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether the visitor has not been heard for a while, and may be elsewhere."""
+        return self._line.silence > _SILENCE
+
     # How a session ends.
 
     def end(self, reason: _EndReason) -> None:
@@ -1092,12 +1206,19 @@ class _Conversation:
         if not self.is_over:
             self._finish("restart" if code == _Close.RESTART or self._desk.is_draining else "dropped")
 
+    def renounce(self) -> None:
+        """Hang up on a token that has opened a session on another worker, whose row it is."""
+        self._line.hang_up(_Close.TOKEN)
+        if not self.is_over:
+            self._last = None
+            self._finish("dropped", is_ours=False)
+
     def drain(self) -> None:
         """End for a restart, now or as soon as the running reply has ended."""
         if self._running is None:
             self.end("restart")
 
-    def _finish(self, reason: _EndReason) -> None:
+    def _finish(self, reason: _EndReason, *, is_ours: bool = True) -> None:
         self.is_over = True
         self._desk.forget(self)
         self._waiting.clear()
@@ -1110,8 +1231,8 @@ class _Conversation:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
         if reason in _CARRIED and self._last is not None:
-            _Past(self._desk, self.row, self._last, is_own=self._last is not self._carried)
-        else:
+            _Past(self._desk, self.row, self._last, is_own=self._last is not self._carried).save()
+        elif is_ours:
             self._desk.rows.put(self.row)
         _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
 
@@ -1147,8 +1268,9 @@ class _Conversation:
         self._talk = (earlier, question)
         messages = [message.copy() for turn in (*earlier, (question,)) for message in turn]
         self._answer = self._last = _Answer(self._desk, _new_reply(message_id))
+        self._answer.owner = self
         self._answer.attach(self._line)
-        self._answer.start(Chat(question["content"], messages, self.row, self._desk.app), self)
+        self._answer.start(self._answer.ask(Chat(question["content"], messages, self.row, self._desk.app)))
 
     def replied(self, answer: _Answer) -> None:
         """Note the end of the running reply; what was said goes onto the scratchpad."""
@@ -1176,12 +1298,19 @@ class _Conversation:
 
     async def _fetch(self, session_id: str) -> None:
         """Ask the keeper of the rows for a reply that this process does not know; messages wait meanwhile."""
-        row = await self._desk.rows.load(session_id)
+        rows = self._desk.rows
+        row = await rows.load(session_id)
         self._settling = None
         if row is not None and row.reply is not None:
-            status = "interrupted" if row.reply.status == "streaming" else row.reply.status
-            answer = _Answer(self._desk, msgspec.structs.replace(row.reply, status=status))
-            self._adopt(_Past(self._desk, msgspec.structs.replace(row, reply=None), answer, is_own=False))
+            answer = _Answer(self._desk, row.reply)
+            past = _Past(self._desk, msgspec.structs.replace(row, reply=None), answer, is_own=False)
+            if answer.status == "streaming" and rows.shared is not None:
+                answer.start(answer.follow(rows.shared.follow(session_id)))
+            elif answer.status == "streaming":
+                answer.status = "interrupted"  # its process is gone, and with it who would have ended it
+            else:
+                past.save()
+            self._adopt(past)
         self._proceed()
 
     def _adopt(self, past: _Past) -> None:
@@ -1257,12 +1386,13 @@ class _Desk:
         self.answerer = _name(answer)
         self.config = config
         self.pads = _Scratchpads(config)
-        self.rows = _Rows(config)
+        self.rows = _Rows(config, self.renounce)
         self.sessions: dict[str, _Conversation] = {}
         self.addresses: Counter[str] = Counter()
         self.past: dict[str, _Past] = {}
         self.answers: dict[_Answer, asyncio.Task[None]] = {}
         self.is_draining = False
+        self._box: asyncio.Task[None] | None = None
 
     def open(self, app: Litestar) -> None:
         """Note whom we work for; a host that mounts *app* may never run its lifespan, so sockets say it too."""
@@ -1291,6 +1421,8 @@ class _Desk:
         self.sessions[conversation.row.id] = conversation
         if conversation.address is not None:
             self.addresses[conversation.address] += 1
+        if self.rows.shared is not None and self._box is None:
+            self._box = asyncio.get_running_loop().create_task(self._watch_box())
 
     def forget(self, conversation: _Conversation) -> None:
         """Count a session as ended, and drop what its visitor typed."""
@@ -1300,6 +1432,21 @@ class _Desk:
             self.addresses[conversation.address] -= 1
             if not self.addresses[conversation.address]:
                 del self.addresses[conversation.address]
+
+    def renounce(self, session_id: str) -> None:
+        """End a session that another worker has opened first, and leave its row alone."""
+        if (conversation := self.sessions.get(session_id)) is not None:
+            conversation.renounce()
+
+    async def _watch_box(self) -> None:
+        """End the sessions that have come back on another worker; look only while some visitor is silent."""
+        while self.sessions:
+            await asyncio.sleep(_BEAT)
+            is_any_silent = any(conversation.is_silent for conversation in self.sessions.values())
+            for session_id in await self.rows.take_notes() if is_any_silent else ():
+                if (conversation := self.sessions.get(session_id)) is not None:
+                    conversation.end("replaced")
+        self._box = None
 
     def remember(self, session_id: str, past: _Past) -> None:
         """Keep an ended session's reply, and no more of them than sessions; the oldest goes first."""
@@ -1318,6 +1465,9 @@ class _Desk:
             answer.halt("interrupted")
         for conversation in list(self.sessions.values()):
             conversation.end("restart")
+        if self._box is not None:
+            self._box.cancel()
+            self._box = None
         await self.rows.drain(self.config.shutdown_grace)
 
 
@@ -1427,6 +1577,11 @@ class _Line:
     def is_quiet(self) -> bool:
         """Whether all that was posted has been handed to the server."""
         return not (self._outbox or self._words or self._lock.locked() or self._is_cut)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last frame."""
+        return _now() - self._heard
 
     def post(self, type_: str, **content: object) -> None:
         """Send one frame, in the loop's next turn."""

@@ -1,21 +1,15 @@
 /*! chat_session widget, MIT licence: <script src="/chat/widget.js" defer></script> */
 /**
- * Attributes of the tag, beside data-text-NAME for each of TEXTS:
- *   data-endpoint      where the plugin is mounted, if not beside this file
- *   data-title         heading and name
- *   data-position      right, left
- *   data-accent        colour
- *   data-theme         auto, light, dark
- *   data-open          as if clicked
- *   data-fallback-url  offered when the chat cannot be reached
+ * Attributes of the tag: data-endpoint (if the file is not served by the plugin), data-title, data-position (right, left),
+ * data-accent, data-theme (auto, light, dark), data-open, data-fallback-url, and data-text-NAME for each of TEXTS.
  *
- * @typedef {{ id: string, text: string, node: HTMLElement, body: HTMLElement, note: HTMLElement, settled: string, kept: number,
+ * @typedef {{ id: string, text: string, node: HTMLElement, body: HTMLElement, note: HTMLElement, drawn: string[],
  *   open?: boolean, link?: number, reply?: Bubble, asked?: Bubble, whole?: boolean }} Bubble  A message, reply or greeting.
  */
 (() => {
   "use strict"
   const page = /** @type {any} */ (window)
-  if (page.ChatSession) return // A second tag, or a swapped body.
+  if (page.ChatSession) return
 
   const RETRY_MIN = 500
   const RETRY_MAX = 20_000
@@ -135,23 +129,20 @@
   }
 
   const blocksOf = (text = "") => {
-    /** @type {{ kind: string, start: number, fence: string, lines: string[] }[]} */
+    /** @type {{ kind: string, lines: string[] }[]} */
     const blocks = []
-    let start = 0
     let open = false // The last block takes more lines.
     for (const line of text.split("\n")) {
       const last = blocks[blocks.length - 1]
-      const [, fence = ""] = /^\s*(```+|~~~+)[^`]*$/.exec(line) ?? []
-      const kind = fence ? "pre" : ITEM.test(line) ? "list" : "p"
-      if (open && last.fence) {
-        open = !line.trim().startsWith(last.fence)
+      const kind = /^\s*```[^`]*$/.test(line) ? "pre" : ITEM.test(line) ? "list" : "p"
+      if (open && last.kind === "pre") {
+        open = kind !== "pre"
         if (open) last.lines.push(line)
       } else if (open && line.trim() && (kind === "p" || kind === last.kind)) {
         last.lines.push(line)
-      } else if ((open = /\S/.test(line))) {
-        blocks.push({ kind, start, fence, lines: fence ? [] : [line] })
+      } else if ((open = line.trim() !== "")) {
+        blocks.push({ kind, lines: kind === "pre" ? [] : [line] })
       }
-      start += line.length + 1
     }
     return blocks
   }
@@ -161,30 +152,32 @@
     if (kind === "pre") return el("pre", {}, lines.join("\n"))
     if (kind === "p") return inline(el("p"), lines.join("\n").replace(/^\s*#+ +\**(.*?)\**$/gm, "**$1**"))
     const [, space, number] = ITEM.exec(lines[0]) ?? []
-    /** @type {string[]} */
+    /** @type {string[][]} */
     const items = []
     for (const line of lines) {
       const mark = ITEM.exec(line)
-      if (mark && mark[1].length <= space.length) items.push(line.slice(mark[0].length))
-      else items.push(`${items.pop()}\n${line}`)
+      if (mark && mark[1].length <= space.length) items.push([line.slice(mark[0].length)])
+      else items[items.length - 1].push(line)
     }
-    return el(number ? "ol" : "ul", number ? { start: number } : {},
-      ...items.map((item) => el("li", {}, ...blocksOf(item).map(build))))
+    return el(number ? "ol" : "ul", number ? { start: number } : {}, ...items.map(([first, ...rest]) => {
+      const item = inline(el("li"), first)
+      item.append(...blocksOf(rest.join("\n")).map(build))
+      return item
+    }))
   }
 
-  /** Draw what is new: all but the last block that began on a finished line is settled. @param {Bubble} reply */
-  const draw = (reply) => {
-    const { body, text } = reply
-    if (!text.startsWith(reply.settled)) Object.assign(reply, { settled: "", kept: 0 })
-    while (body.childNodes.length > reply.kept) body.lastChild?.remove()
-    const offset = reply.settled.length
-    for (const block of blocksOf(text.slice(offset))) {
-      if (offset + block.start <= text.lastIndexOf("\n")) {
-        reply.settled = text.slice(0, offset + block.start)
-        reply.kept = body.childNodes.length
-      }
-      body.append(build(block))
-    }
+  /** Draw what is new: blocks that have not changed keep their nodes. @param {Bubble} reply */
+  const draw = ({ body, text, drawn }) => {
+    const blocks = blocksOf(text)
+    while (body.childNodes.length > blocks.length) body.lastChild?.remove()
+    blocks.forEach((block, i) => {
+      const source = block.kind + block.lines.join("\n")
+      const old = body.childNodes[i]
+      if (old && source === drawn[i]) return
+      drawn[i] = source
+      if (old) old.replaceWith(build(block))
+      else body.append(build(block))
+    })
   }
 
   // ---- Connection ----
@@ -310,8 +303,7 @@
     if (!running) return
     const reply = running
     running = undefined
-    reply.node.dataset.state = state
-    reply.note.textContent = remark
+    mark(reply, state, remark)
     // An interrupted reply is no answer: the message goes again, and the new reply takes its place.
     if (reply.asked) reply.asked.open = state === "interrupted"
     draw(reply)
@@ -346,8 +338,8 @@
         Object.assign(running, { id: messageId, asked, whole: false })
         if (asked) Object.assign(asked, { open: true, reply: running })
       }
-      running.text = running.note.textContent = ""
-      running.node.dataset.state = "streaming"
+      running.text = ""
+      mark(running, "streaming")
       running.node.querySelector("[part=sources]")?.remove()
       bubbles.set(messageId, running)
       schedule()
@@ -383,7 +375,7 @@
     "session-end"({ reason }) {
       emit("end", { reason })
       if (reason === "restart") return failed()
-      if (running) running.node.dataset.state = "interrupted"
+      if (running) mark(running, "interrupted", "…")
       drop()
       wanted = false
       ended = true
@@ -407,8 +399,7 @@ aside {
   --line: color-mix(in srgb, var(--text) 16%, var(--bg));
   --mute: color-mix(in srgb, var(--text) 72%, var(--bg));
   --on: contrast-color(var(--accent));
-  color-scheme: light dark;
-  color: var(--text);
+  color-scheme: light dark; color: var(--text);
   font: 15px/1.45 var(--chat-font, system-ui, sans-serif);
 }
 @supports not (color: contrast-color(red)) { aside { --on: lch(from var(--accent) calc((49.4 - l) * 999) 0 0) } }
@@ -419,19 +410,19 @@ aside {
 button { padding: 8px; cursor: pointer; font: inherit; color: inherit; background: none; border: 1px solid transparent; border-radius: 12px }
 :focus-visible { outline: 2px solid; outline-offset: 1px }
 svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round }
-[part=launcher], [part=panel] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
+[part=launcher], [part=panel], [part=badge] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
 [data-position=left] > * { left: 20px; right: auto }
 [data-position=right] > * { right: 20px; left: auto }
 [part=launcher], [part=send], [part=newer], [part~=visitor] { background: var(--accent); color: var(--on) }
 [part=launcher] { padding: 16px; border-radius: 50%; box-shadow: 0 4px 16px #0004 }
-[part=badge] { position: absolute; inset: -4px -4px auto auto; min-width: 22px; border-radius: 11px; background: var(--text); color: var(--bg); font: 13px/22px sans-serif }
+[part=badge] { inset-block-end: 60px; padding: 0 8px; border-radius: 11px; pointer-events: none; background: var(--text); color: var(--bg); font: 13px/22px sans-serif }
 [part=panel] {
   inset-block-end: 88px; display: flex; flex-direction: column; overflow: hidden;
   width: min(var(--chat-width, 380px), 100vw - 40px); height: min(var(--chat-height, 600px), 100dvh - 108px);
   background: var(--bg); border: 1px solid var(--line); border-radius: var(--radius); box-shadow: 0 12px 40px #0003;
 }
-[part=header] { display: flex; align-items: center; padding: 8px 8px 8px 16px; border-bottom: 1px solid var(--line) }
-b { flex: 1; font-size: 16px }
+[part=header] { display: flex; align-items: center; padding: 8px; border-bottom: 1px solid var(--line) }
+b { flex: 1; padding: 8px; font-size: 16px }
 [part=log] { flex: 1; display: flex; flex-direction: column; gap: 10px; padding: 16px; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; outline-offset: -2px }
 [part~=message] { max-width: 86%; padding: 8px 13px; border: 1px solid transparent; border-radius: var(--radius) }
 [part~=visitor] { align-self: end; border-end-end-radius: 4px; white-space: pre-wrap }
@@ -477,8 +468,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   /** @type {Bubble | undefined} */
   let dirty
 
-  const launcher = button("launcher", () => panel.hidden ? open() : close(), "M21 12a8 8 0 0 1-8 8H4l1.5-3.2A8 8 0 1 1 21 12Z")
-  const badge = el("span", { part: "badge", hidden: "" })
+  const launcher = button("launcher", () => toggle(), "M21 12a8 8 0 0 1-8 8H4l1.5-3.2A8 8 0 1 1 21 12Z")
+  const badge = el("span", { part: "badge", "aria-hidden": "true", hidden: "" })
   const log = el("div", { part: "log", role: "region", tabindex: "0", "aria-label": title })
   const heard = el("div", { "aria-live": "polite" })
   const notice = el("span", { part: "notice", role: "status" })
@@ -492,11 +483,11 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   }, "M7 7h10v10H7Z")
   const panel = el("div", { part: "panel", id: "panel", role: "dialog", "aria-label": title, hidden: "" },
     el("div", { part: "header" }, el("b", {}, title),
-      button("copy", () => copy(), "M9 9h11v11H9ZM5 15H4V4h11v1"), button("close", () => close(), "M6 6l12 12M18 6 6 18")),
+      button("copy", () => copy(), "M9 9h11v11H9ZM5 15H4V4h11v1"), button("close", () => toggle(false), "M6 6l12 12M18 6 6 18")),
     log,
     el("footer", {}, newer, el("div", {}, notice, stay, contact),
       el("div", { part: "composer" }, input, stop, button("send", () => submit(), "M12 19V5M5 12l7-7 7 7"))))
-  const root = el("aside", { "aria-label": title, "data-position": position, "data-theme": theme }, panel, launcher, heard)
+  const root = el("aside", { "aria-label": title, "data-position": position, "data-theme": theme }, panel, launcher, badge, heard)
   const host = document.createElement(TAG)
   const shadow = host.attachShadow({ mode: "open" })
 
@@ -513,7 +504,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   }
 
   const announce = (text = "") => {
-    heard.replaceChildren(el("p", {}, panel.hidden ? TEXTS.unread : text))
+    heard.replaceChildren(panel.hidden ? TEXTS.unread : text)
     count()
   }
 
@@ -521,7 +512,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     unread = panel.hidden ? unread + 1 : 0
     badge.textContent = `${unread}`
     badge.hidden = !unread
-    launcher.ariaLabel = TEXTS.launcher + (unread ? ` (${unread} ${TEXTS.unread})` : "")
+    launcher.title = unread ? TEXTS.unread : TEXTS.launcher
   }
 
   const toEnd = () => {
@@ -548,8 +539,18 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     const node = el("div", { part: `message ${part}` }, body, note)
     if (before) before.after(node)
     else log.append(node)
-    return { id: "", text: "", node, body, note, settled: "", kept: 0 }
+    return { id: "", text: "", node, body, note, drawn: [] }
   }
+
+  /** @param {Bubble} bubble  @param {(Node | string)[]} remarks */
+  const mark = ({ node, note }, state = "", ...remarks) => {
+    if (note.contains(shadow.activeElement)) input.focus()
+    node.dataset.state = state
+    note.replaceChildren(...remarks)
+  }
+
+  /** @param {Bubble} message */
+  const takeBackButton = (message) => button("cancel", () => takeBack(message))
 
   /** Take a message off the page and give its words back. @param {Bubble} message */
   const takeBack = ({ id, text, node }) => {
@@ -564,10 +565,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   /** @param {Bubble} message */
   const refuse = (message, code = "", detail = "") => {
     message.open = false
-    message.node.dataset.state = "refused"
-    message.note.replaceChildren(detail)
-    if (input.value) message.note.append(button("cancel", () => takeBack(message)))
-    else input.value = message.text
+    mark(message, "refused", detail, input.value && takeBackButton(message))
+    input.value ||= message.text
     announce(detail)
     emit("error", { code })
   }
@@ -575,12 +574,10 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   const refresh = () => {
     hide(stop, !running)
     for (const message of bubbles.values()) {
-      const { node, note, reply, open } = message
+      const { node, reply, open } = message
       const state = open && reply?.node.dataset.state !== "streaming" ? "waiting" : "sent"
-      if (open === undefined || node.dataset.state === "refused" || node.dataset.state === state) continue
-      node.dataset.state = state
-      if (note.contains(shadow.activeElement)) input.focus()
-      note.replaceChildren(...(state === "sent" ? [] : [TEXTS.waiting, button("cancel", () => takeBack(message))]))
+      if (open === undefined || ["refused", state].includes(node.dataset.state ?? "")) continue
+      mark(message, state, ...(state === "sent" ? [] : [TEXTS.waiting, takeBackButton(message)]))
     }
   }
 
@@ -630,24 +627,18 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     document.execCommand("copy")
   }
 
-  const open = () => {
-    const opening = panel.hidden
-    panel.hidden = false
-    launcher.ariaExpanded = "true"
-    count()
-    follow()
-    input.focus()
-    if (!wanted && !ended) connect()
-    if (opening) emit("open")
-  }
-
-  const close = () => {
-    if (panel.hidden) return
+  const toggle = (visible = panel.hidden) => {
+    const changed = visible === panel.hidden
     const inside = panel.contains(shadow.activeElement)
-    panel.hidden = true
-    launcher.ariaExpanded = "false"
-    if (inside) launcher.focus()
-    emit("close")
+    panel.hidden = !visible
+    launcher.ariaExpanded = `${visible}`
+    if (visible) {
+      count()
+      follow()
+      input.focus()
+      if (!wanted && !ended) connect()
+    } else if (inside) launcher.focus()
+    if (changed) emit(visible ? "open" : "close")
   }
 
   // ---- Start ----
@@ -656,7 +647,6 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   sheet.replaceSync(STYLES)
   shadow.adoptedStyleSheets = [sheet]
   shadow.append(root)
-  launcher.append(badge)
   launcher.ariaExpanded = "false"
   launcher.setAttribute("aria-controls", "panel")
   if (CSS.supports("color", accent)) host.style.setProperty("--chat-accent", accent)
@@ -667,7 +657,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   panel.onkeydown = (event) => {
     event.stopPropagation() // The page's own shortcuts are not for words typed here.
     if (event.isComposing || event.keyCode === 229) return // An input method is at work.
-    if (event.key === "Escape") close()
+    if (event.key === "Escape") toggle(false)
     if (event.key === "Enter" && !event.shiftKey && event.target === input) {
       event.preventDefault()
       submit()
@@ -698,7 +688,9 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   attach()
 
   page.ChatSession = {
-    open, close, send: say,
+    open: () => toggle(true),
+    close: () => toggle(false),
+    send: say,
     destroy() {
       transmit("end")
       life.abort()
@@ -710,5 +702,5 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     },
   }
   // A page that is rendered ahead of its visit gets no frame before it.
-  if (script.hasAttribute("data-open")) requestAnimationFrame(open)
+  if (script.hasAttribute("data-open")) requestAnimationFrame(() => toggle(true))
 })()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 HOST = "127.0.0.1"
-MARK = "~"  # One in each word and nowhere else on the wire, so that words are counted without reading the frames.
+MARK = b"<#>"  # One in each word, and nothing that a frame's header can be: words are counted without reading frames.
 PACE = 50
 VERSION = "chat-session.v1"
 PATIENCE = 60.0
@@ -56,7 +56,7 @@ async def answer(text: str) -> AsyncIterator[str]:
     for number in range(int(count)):
         if manner == "steady":
             await asyncio.sleep(1 / PACE)
-        yield f"word{number:04}{MARK} "
+        yield f"{number:05}{MARK.decode()} "
 
 
 def bare_app() -> Any:
@@ -132,7 +132,7 @@ class Visitor(asyncio.Protocol):
         """Offer *token* at the handshake, if there is one."""
         loop = asyncio.get_running_loop()
         self.opened, self.whole = loop.create_future(), loop.create_future()
-        self.token, self.words, self.expected, self.head = token, 0, 0, b""
+        self.token, self.words, self.expected, self.head, self.tail = token, 0, 0, b"", b""
         self.transport: Any = None
 
     def connection_made(self, transport: Any) -> None:
@@ -152,8 +152,10 @@ class Visitor(asyncio.Protocol):
             if b"\r\n\r\n" in self.head:
                 self.opened.set_result(self.head.startswith(b"HTTP/1.1 101"))
             return
-        self.words += data.count(MARK.encode())
-        if self.words == self.expected and not self.whole.done():
+        self.tail += data
+        self.words += self.tail.count(MARK)
+        self.tail = self.tail[1 - len(MARK) :]
+        if 0 < self.expected == self.words and not self.whole.done():
             self.whole.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
