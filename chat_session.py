@@ -554,16 +554,21 @@ def _find_keys(secret: str | bytes | Sequence[str | bytes] | None) -> list[bytes
 
 def _is_welcome(connection: _Connection, allowed: Sequence[str]) -> bool:
     """Tell whether *connection* comes from the app's own origin, an allowed one, or no browser at all."""
-    headers = connection.headers
-    origin = headers.get("origin")
+    origin = _header(connection, "origin")
     if origin is None:
         return True
     if origin == "null":
         return False
     scheme, _, place = origin.lower().partition("://")
-    is_own = _without_port(place, scheme) == _without_port(headers.get("host", "").lower(), scheme)
+    is_own = _without_port(place, scheme) == _without_port((_header(connection, "host") or "").lower(), scheme)
     is_named = origin.lower() in (each.lower() for each in allowed)
-    return is_named or (is_own and place != "") or headers.get("sec-fetch-site") == "same-origin"
+    return is_named or (is_own and place != "") or _header(connection, "sec-fetch-site") == "same-origin"
+
+
+def _header(connection: _Connection, name: str) -> str | None:
+    """Read one header; Litestar's own mapping of them would stay in memory as long as the socket."""
+    wanted = name.encode()
+    return next((value.decode("latin-1") for key, value in connection.scope["headers"] if key == wanted), None)
 
 
 def _without_port(host: str, scheme: str) -> str:
@@ -592,6 +597,8 @@ def _is_global(address: str) -> bool:
 
 class _Rate:
     """So many a minute, counted by the generic cell rate algorithm (ITU-T I.371): one number, no list of times."""
+
+    __slots__ = ("_allowance", "_due", "_interval")
 
     def __init__(self, per_minute: int) -> None:
         self._interval = 60.0 / per_minute
@@ -848,6 +855,11 @@ async def _once(text: str) -> AsyncIterator[str]:
 class _Answer:
     """A reply: asks the answerer in a task of its own, and tells whichever line listens."""
 
+    __slots__ = (
+        *("_born", "_desk", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer"),
+        *("id", "in_reply_to", "owner", "pasts", "sources", "status"),
+    )
+
     def __init__(self, desk: _Desk, reply: Reply) -> None:
         self.id = reply.id
         self.in_reply_to = reply.in_reply_to
@@ -932,6 +944,7 @@ class _Answer:
 
     def _free(self, _task: object = None) -> None:
         """Let the next message have its turn, now that the answerer is done or given up."""
+        self._task = None
         if self._desk.answers.pop(self, None) is not None and self.owner is not None:
             self.owner.freed()
 
@@ -1095,6 +1108,11 @@ _DETAILS: dict[str, str] = {
 
 class _Conversation:
     """One open session: what its visitor may do, decided without waiting for anything."""
+
+    __slots__ = (
+        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate"),
+        *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
+    )
 
     def __init__(self, desk: _Desk, token: _Token, address: str | None, line: _Line) -> None:
         self.row = SessionRow(id=token.session, started_at=_utc(), visitor=token.visitor)
@@ -1550,6 +1568,11 @@ class _Office:
 class _Line:
     """One visitor's websocket: a reader for its whole life, an outbox, and a pulse."""
 
+    __slots__ = (
+        *("_code", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_lock", "_max_bytes", "_office"),
+        *("_outbox", "_pulse", "_queued", "_reply", "_sender", "_socket", "_words", "conversation", "sent_at"),
+    )
+
     conversation: _Conversation
 
     def __init__(self, office: _Office, socket: WebSocket[Any, Any, Any], config: ChatSessionConfig) -> None:
@@ -1814,7 +1837,7 @@ class ChatSessionPlugin(InitPlugin):
 
     async def _mint(self, request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         """Give a visitor the right to open one session."""
-        config, origin, headers = self._config, request.headers.get("origin"), {"Cache-Control": "no-store"}
+        config, origin, headers = self._config, _header(request, "origin"), {"Cache-Control": "no-store"}
         if not _is_welcome(request, config.allowed_origins):
             raise HTTPException(status_code=403, detail="This origin may not open a chat here.", headers=headers)
         headers |= _cors(origin, config.allowed_origins)
@@ -1830,7 +1853,7 @@ class ChatSessionPlugin(InitPlugin):
 
     async def _find_previous(self, request: Request[Any, Any, Any]) -> _Token | None:
         """Read the form's ``previous``; garbage there is as good as nothing there."""
-        if request.headers.get("content-length") == "0":
+        if _header(request, "content-length") == "0":
             return None
         try:
             text = (await request.form()).get("previous")
@@ -1890,7 +1913,9 @@ class ChatSessionPlugin(InitPlugin):
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._handlers.add(task)
         try:
-            await self._answer_handshake(socket)
+            line = await self._answer_handshake(socket)
+            if line is not None:
+                await line.serve()
         except _GONE:
             pass  # the visitor left before the conversation began
         except Exception as error:  # noqa: BLE001 - the last resort
@@ -1900,17 +1925,18 @@ class ChatSessionPlugin(InitPlugin):
         finally:
             self._handlers.discard(task)
 
-    async def _answer_handshake(self, socket: WebSocket[Any, Any, Any]) -> None:
+    async def _answer_handshake(self, socket: WebSocket[Any, Any, Any]) -> _Line | None:
+        """Open a session, or say no: before ``accept`` only to those who are not our page."""
         self._desk.open(socket.app)
         offered: list[str] = cast("dict[str, Any]", socket.scope).get("subprotocols") or []
-        origin = socket.headers.get("origin")
+        origin = _header(socket, "origin")
         texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
         token = _Token.verify(self._keys, texts[0]) if texts else None
         # A proxy that rewrites Host makes the app's own origin look foreign; the token knows better.
         is_welcome = _is_welcome(socket, self._config.allowed_origins) or (token and token.origin == _digest(origin))
         if _SUBPROTOCOL not in offered or not is_welcome:
             await socket.close()
-            return
+            return None
         await socket.accept(subprotocols=_SUBPROTOCOL)
         address = self._find_address(socket)
         refusal = self._find_refusal(token, origin, address)
@@ -1919,8 +1945,8 @@ class ChatSessionPlugin(InitPlugin):
         if refusal is not None or token is None:
             code = refusal or _Close.TOKEN
             await socket.close(code, _REASONS[code])
-            return
-        await self._open(socket, token, address, greeting)
+            return None
+        return self._open(socket, token, address, greeting)
 
     def _find_refusal(self, token: _Token | None, origin: str | None, address: str | None) -> _Close | None:
         if (
@@ -1933,13 +1959,13 @@ class ChatSessionPlugin(InitPlugin):
         is_busy = self._desk.is_full(token.previous) or self._desk.is_crowded(address, token.previous)
         return _Close.BUSY if is_busy else None
 
-    async def _open(self, socket: WebSocket[Any, Any, Any], token: _Token, address: str | None, greeting: str) -> None:
+    def _open(self, socket: WebSocket[Any, Any, Any], token: _Token, address: str | None, greeting: str) -> _Line:
         self._used[token.session] = True
         line = _Line(self._office, socket, self._config)
         line.conversation = _Conversation(self._desk, token, address, line)
         self._desk.admit(line.conversation, token.previous)
         line.conversation.open(greeting, token.previous)
-        await line.serve()
+        return line
 
     async def _greet(self, socket: WebSocket[Any, Any, Any]) -> str:
         greeting: Any = self._config.greeting
@@ -1973,7 +1999,7 @@ def _widget_route(path: str, options: dict[str, Any]) -> Any:
 
     @get(path, media_type="text/javascript", include_in_schema=False, sync_to_thread=False, **options)
     def widget(request: Request[Any, Any, Any]) -> Response[bytes]:
-        known = [each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")]
+        known = [each.strip().removeprefix("W/") for each in (_header(request, "if-none-match") or "").split(",")]
         if tag in known or "*" in known:
             return Response(b"", status_code=304, headers=headers)
         return Response(script, headers=headers)

@@ -256,8 +256,10 @@ def cpu_seconds(process_id: int) -> float:
 def measure(kind: str, process_id: int, port: int, load: Load) -> float:
     """Return the microseconds of server CPU that one word costs in one run."""
     arguments = command("--visit", kind, port, load.manner, load.visitors, load.words)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, preexec_fn=on_core(-1), **pipes) as client:  # type: ignore[call-overload]  # noqa: PLW1509
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, preexec_fn=on_core(-1), stdin=pipe, stdout=pipe, text=True) as client:  # noqa: PLW1509
+        assert client.stdin
+        assert client.stdout
         if client.stdout.readline() != "ready\n":
             raise SystemExit("the visitors did not get in")
         before = cpu_seconds(process_id)
