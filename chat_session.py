@@ -652,11 +652,20 @@ class _Scratchpads:
 
 
 class _Shelf(msgspec.Struct, frozen=True):
-    """What a store holds of a session: its row, the worker that writes it, and a beat by which it shows it is alive."""
+    """What a store holds of a session.
+
+    Attributes:
+        row: The session's row.
+        others: Replies before the row's last that the page may not have seen either.
+        worker: Who writes it.
+        beat: Grows with each save, by which a worker shows that it is alive.
+
+    """
 
     row: SessionRow
-    worker: str
-    beat: int
+    others: list[Reply] = []
+    worker: str = ""
+    beat: int = 0
 
 
 class _TokenUsedError(Exception):
@@ -676,12 +685,12 @@ class _StoreRows:
         self._beat = 0
         self.worker = secrets.token_urlsafe(8)
 
-    async def save(self, row: SessionRow, /) -> None:
+    async def save(self, row: SessionRow, others: list[Reply]) -> None:
         """Write *row*; the first time, see to it that no other worker has opened the session."""
         if row.ended_at is None and (await self.look(row.id) or self).worker != self.worker:
             raise _TokenUsedError
         self._beat += 1
-        shelf = _Shelf(row, self.worker, self._beat)
+        shelf = _Shelf(row, others, self.worker, self._beat)
         lifetime = _OPEN_ROW_TTL if row.ended_at is None else self._reply_ttl
         await self._store.set(f"chat_session.{row.id}", _encode(shelf), expires_in=lifetime)
 
@@ -694,8 +703,8 @@ class _StoreRows:
             _log.warning("the store holds something else under the key of session %s; it is ignored", session_id)
             return None
 
-    async def load(self, session_id: str, /) -> SessionRow | None:
-        """Return the row of a session that has ended, asking the worker that still holds it open to end it."""
+    async def load(self, session_id: str) -> _Shelf | None:
+        """Return what is kept of a session that has ended, asking the worker that still holds it open to end it."""
         give_up = _now() + _PATIENCE
         shelf = await self.look(session_id)
         while shelf is not None and shelf.row.ended_at is None and shelf.worker != self.worker and _now() < give_up:
@@ -705,7 +714,7 @@ class _StoreRows:
                 await self._store.set(box, notes + session_id.encode() + b" ", expires_in=_OPEN_ROW_TTL)
             await asyncio.sleep(_GLANCE)
             shelf = await self.look(session_id)
-        return shelf.row if shelf is not None and shelf.row.ended_at is not None else None
+        return shelf if shelf is not None and shelf.row.ended_at is not None else None
 
     async def take_notes(self) -> list[str]:
         """Empty this worker's box: the sessions that have come back elsewhere."""
@@ -737,7 +746,7 @@ class _Rows:
         self._on_used = on_used
         self._save: _SaveRow | None = None
         self._load: Callable[[str], Awaitable[SessionRow | None]] | None = None
-        self._queues: dict[str, deque[SessionRow]] = {}
+        self._queues: dict[str, deque[tuple[SessionRow, list[Reply]]]] = {}
         self._writers: set[asyncio.Task[None]] = set()
         self._is_failing = False
         self.shared: _StoreRows | None = None
@@ -746,42 +755,44 @@ class _Rows:
         """Look the keeper up, which needs the app where it goes by the name of a store."""
         rows: Any = app.stores.get(self._config.rows) if isinstance(self._config.rows, str) else self._config.rows
         if isinstance(rows, Store):
-            rows = self.shared = _StoreRows(rows, self._config.reply_ttl)
-        self._save = getattr(rows, "save", rows)
-        self._load = getattr(rows, "load", None)
+            self.shared = _StoreRows(rows, self._config.reply_ttl)
+        else:
+            self._save = getattr(rows, "save", rows)
+            self._load = getattr(rows, "load", None)
 
     @property
     def can_load(self) -> bool:
         """Whether a row can outlive this process."""
-        return self._load is not None
+        return self._load is not None or self.shared is not None
 
-    def put(self, row: SessionRow) -> None:
-        """Have *row* saved behind the session's earlier ones."""
-        if self._save is None:
+    def put(self, row: SessionRow, others: Sequence[Reply] = ()) -> None:
+        """Have *row* saved behind the session's earlier ones, and *others* with it where there is a place for them."""
+        if self._save is None and self.shared is None:
             return
         if row.id in self._queues:
-            self._queues[row.id].append(row)
+            self._queues[row.id].append((row, list(others)))
             return
-        self._queues[row.id] = deque([row])
-        writer = asyncio.get_running_loop().create_task(self._write(self._save, self._queues[row.id], row.id))
+        self._queues[row.id] = deque([(row, list(others))])
+        writer = asyncio.get_running_loop().create_task(self._write(self._queues[row.id], row.id))
         self._writers.add(writer)
         writer.add_done_callback(self._writers.discard)
 
-    async def _write(self, save: _SaveRow, queue: deque[SessionRow], session_id: str) -> None:
+    async def _write(self, queue: deque[tuple[SessionRow, list[Reply]]], session_id: str) -> None:
         while queue:
-            await self._guard(save(queue.popleft()), session_id, _SAVE_TIMEOUT)
+            row, others = queue.popleft()
+            saving = self.shared.save(row, others) if self.shared is not None else cast("_SaveRow", self._save)(row)
+            await self._guard(saving, session_id, _SAVE_TIMEOUT)
         del self._queues[session_id]
 
     def is_saving(self, session_id: str) -> bool:
         """Whether the session's writer is at work."""
         return session_id in self._queues
 
-    async def load(self, session_id: str) -> SessionRow | None:
-        """Return the row of a session that has ended; None also where the keeper fails or is slow."""
-        if self._load is None:
-            return None
-        row = await self._guard(self._load(session_id), session_id, _LOAD_TIMEOUT)
-        return row if isinstance(row, SessionRow) else None
+    async def load(self, session_id: str) -> _Shelf | None:
+        """Return what is kept of a session that has ended; None also where the keeper fails or is slow."""
+        load: Callable[[str], Awaitable[Any]] | None = self._load if self.shared is None else self.shared.load
+        kept = None if load is None else await self._guard(load(session_id), session_id, _LOAD_TIMEOUT)
+        return _Shelf(kept) if isinstance(kept, SessionRow) else kept
 
     async def take_notes(self) -> list[str]:
         """Return the sessions that have come back on another worker."""
@@ -1059,10 +1070,11 @@ class _Answer:
 
 
 class _Past:
-    """An ended session whose last reply waits for its visitor."""
+    """An ended session whose replies wait for their visitor: the last, which the row carries, and those before it."""
 
-    def __init__(self, desk: _Desk, row: SessionRow, answer: _Answer, *, is_own: bool) -> None:
-        self.answer = answer
+    def __init__(self, desk: _Desk, row: SessionRow, answers: Sequence[_Answer], *, is_own: bool) -> None:
+        self.answers = list(answers)
+        self.answer = answer = self.answers[-1]
         self.holder: _Conversation | None = None
         self._desk = desk
         self._row = row
@@ -1083,7 +1095,8 @@ class _Past:
         elif rows.shared is not None:
             self._timer = loop.call_later(_BEAT, self.save)  # so that other workers see it grow
         if status != "streaming" or not rows.is_saving(self._row.id):
-            rows.put(msgspec.structs.replace(self._row, reply=self.answer.reply))
+            row = msgspec.structs.replace(self._row, reply=self.answer.reply)
+            rows.put(row, [each.reply for each in self.answers[:-1]])
 
     def forget(self) -> None:
         """Let the stored reply go: its visitor has it, or has stayed away too long."""
@@ -1110,7 +1123,7 @@ class _Conversation:
     """One open session: what its visitor may do, decided without waiting for anything."""
 
     __slots__ = (
-        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate"),
+        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_line", "_past", "_quiet", "_rate", "_recent"),
         *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
     )
 
@@ -1125,8 +1138,9 @@ class _Conversation:
         self._taken: set[str] = set()
         self._talk: _Talk | None = None
         self._answer: _Answer | None = None
-        self._last: _Answer | None = None
-        self._carried: _Answer | None = None
+        # A page has at most so many messages under way, so it cannot have missed more replies than these.
+        self._recent: deque[_Answer] = deque(maxlen=desk.config.max_pending + 2)
+        self._carried: dict[str, _Answer] = {}
         self._past: _Past | None = None
         self._settling: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -1159,7 +1173,7 @@ class _Conversation:
         if message_id in self._taken:
             return
         if (carried := self._find_carried(message_id)) is not None:
-            self._recognise(carried, message_id, text)
+            self._recognise(carried, text)
         elif (code := self._find_fault(text)) is not None:
             self.reject(message_id, code)
         elif wait := self._rate.wait(_now()):
@@ -1228,7 +1242,7 @@ class _Conversation:
         """Hang up on a token that has opened a session on another worker, whose row it is."""
         self._line.hang_up(_Close.TOKEN)
         if not self.is_over:
-            self._last = None
+            self._recent.clear()
             self._finish("dropped", is_ours=False)
 
     def drain(self) -> None:
@@ -1248,8 +1262,9 @@ class _Conversation:
         if self._answer is not None and self._answer.owner is self:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
-        if reason in _CARRIED and self._last is not None:
-            _Past(self._desk, self.row, self._last, is_own=self._last is not self._carried).save()
+        if reason in _CARRIED and self._recent:
+            is_own = self._recent[-1] not in self._carried.values()
+            _Past(self._desk, self.row, self._recent, is_own=is_own).save()
         elif is_ours:
             self._desk.rows.put(self.row)
         _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
@@ -1285,7 +1300,8 @@ class _Conversation:
         earlier = self._desk.pads.earlier(self.row.id)
         self._talk = (earlier, question)
         messages = [message.copy() for turn in (*earlier, (question,)) for message in turn]
-        self._answer = self._last = _Answer(self._desk, _new_reply(message_id))
+        self._answer = _Answer(self._desk, _new_reply(message_id))
+        self._recent.append(self._answer)
         self._answer.owner = self
         self._answer.attach(self._line)
         self._answer.start(self._answer.ask(Chat(question["content"], messages, self.row, self._desk.app)))
@@ -1293,7 +1309,7 @@ class _Conversation:
     def replied(self, answer: _Answer) -> None:
         """Note the end of the running reply; what was said goes onto the scratchpad."""
         if answer.status in _TOLD:
-            if answer is not self._carried:
+            if answer not in self._carried.values():
                 self.row = msgspec.structs.replace(self.row, turns=self.row.turns + 1)
             self._remember(self._talk, answer)
         self._talk = None
@@ -1317,48 +1333,57 @@ class _Conversation:
     async def _fetch(self, session_id: str) -> None:
         """Ask the keeper of the rows for a reply that this process does not know; messages wait meanwhile."""
         rows = self._desk.rows
-        row = await rows.load(session_id)
+        shelf = await rows.load(session_id)
         self._settling = None
-        if row is not None and row.reply is not None:
-            answer = _Answer(self._desk, row.reply)
-            past = _Past(self._desk, msgspec.structs.replace(row, reply=None), answer, is_own=False)
-            if answer.status == "streaming" and rows.shared is not None:
-                answer.start(answer.follow(rows.shared.follow(session_id)))
-            elif answer.status == "streaming":
-                answer.status = "interrupted"  # its process is gone, and with it who would have ended it
-            else:
+        if shelf is not None and (reply := shelf.row.reply) is not None:
+            row = msgspec.structs.replace(shelf.row, reply=None)
+            answers = [_Answer(self._desk, each) for each in (*shelf.others, reply)]
+            past = _Past(self._desk, row, answers, is_own=False)
+            if reply.status != "streaming":
                 past.save()
+            elif rows.shared is not None:
+                past.answer.start(past.answer.follow(rows.shared.follow(session_id)))
+            else:
+                past.answer.status = "interrupted"  # its process is gone, and with it who would have ended it
             self._adopt(past)
         self._proceed()
 
     def _adopt(self, past: _Past) -> None:
-        """Send the reply that *past* has kept, and go on with it if it is still being written."""
+        """Send the last reply that *past* has kept, and go on with it if it is still being written."""
         if past.holder is not None:
             past.holder.end("replaced")
         past.holder = self
-        self._past, answer = past, past.answer
-        self._carried = self._last = answer
-        if answer.status == "streaming":
-            self._answer = answer
-            answer.owner = self
-        answer.attach(self._line)
-        if answer.in_reply_to in self._waiting and self._find_carried(answer.in_reply_to):
-            self._recognise(answer, answer.in_reply_to, self._waiting.pop(answer.in_reply_to))
+        self._past, last = past, past.answer
+        self._recent.extend(past.answers)
+        self._carried = {answer.in_reply_to: answer for answer in past.answers}
+        if last.status == "streaming":
+            self._answer = last
+            last.owner = self
+        last.attach(self._line)
+        for message_id in [each for each in self._waiting if self._find_carried(each)]:
+            self._recognise(self._carried[message_id], self._waiting.pop(message_id))
 
     def _find_carried(self, message_id: str) -> _Answer | None:
         """Find the carried reply that answers the message, unless it went wrong and shall be given anew."""
-        carried = self._carried
-        is_it = carried is not None and carried.in_reply_to == message_id and carried.status in (*_TOLD, "streaming")
-        return carried if is_it else None
+        carried = self._carried.get(message_id)
+        return carried if carried is not None and carried.status in (*_TOLD, "streaming") else None
 
-    def _recognise(self, carried: _Answer, message_id: str, text: str) -> None:
-        """Put the turn that the carried reply answers onto the new scratchpad, at once or when the reply ends."""
-        self._taken.add(message_id)
+    def _recognise(self, carried: _Answer, text: str) -> None:
+        """Put the turn that *carried* answers onto the new scratchpad, at once or when the reply ends.
+
+        The page asks again only for what it has not seen end, so it is sent what was not sent yet. That may
+        interrupt the reply which is being sent; starting it once more puts that right.
+        """
+        self._taken.add(carried.in_reply_to)
         talk = (self._desk.pads.earlier(self.row.id), Message(role="user", content=text))
         if carried.status == "streaming":
             self._talk = talk
-        else:
-            self._remember(talk, carried)
+            return
+        self._remember(talk, carried)
+        if carried is not next(reversed(self._carried.values())):
+            carried.attach(self._line)
+            if self._running is not None:
+                self._running.attach(self._line)
 
     # Idling.
 

@@ -97,12 +97,12 @@
   const emit = (name = "", detail = {}) => dispatchEvent(new CustomEvent(`${TAG}:${name}`, { detail }))
 
   // ---- Markdown ----
-  // Only nodes are built. No pattern runs past the next mark of its kind, so that the time stays linear.
+  // No pattern runs past the next mark of its kind: the time stays linear.
 
   const INLINE = new RegExp([
     /\\(?<mark>[!-/:-@[-`{-~])/,
     /(?<!`)(?<t>`+)(?<code>[^`]+)\k<t>(?!`)/,
-    /!?\[(?<words>[^[\]]*)\]\((?<address>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+"[^"]*")?\)/,
+    /!?\[(?<words>[^[\]]*)\]\((?<address>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)\)/,
     /(?<bare>https?:\/\/[^\s<>"`]*[^\s<>"`.,:;!?')\]*_])/,
     /(?<b>\*\*|__)(?=\S)(?<strong>(?:(?!\k<b>)[^])+\*?)\k<b>(?!\*)/,
     /(?<![\w*])(?<i>[*_])(?!\s)(?<em>(?:(?!\k<i>)[^])+)\k<i>(?!\w)/,
@@ -166,7 +166,7 @@
     }))
   }
 
-  /** Draw what is new: blocks that have not changed keep their nodes. @param {Bubble} reply */
+  /** Blocks that have not changed keep their nodes. @param {Bubble} reply */
   const draw = ({ body, text, drawn }) => {
     const blocks = blocksOf(text)
     while (body.childNodes.length > blocks.length) body.lastChild?.remove()
@@ -181,7 +181,7 @@
   }
 
   // ---- Connection ----
-  // Whatever began under another number of `link` is void, however late it calls back.
+  // What began under another number of `link` is void.
 
   const life = new AbortController()
   const { signal } = life
@@ -211,8 +211,10 @@
     if (socket?.readyState === 1) socket.send(JSON.stringify({ type, ...fields }))
   }
 
-  /** Leave without waiting for the closing handshake, which may never end. */
+  /** Leave at once: the closing handshake may never end. */
   const drop = () => {
+    if (running) mark(running, "interrupted")
+    if (live && Date.now() - opened >= HELD) attempts = 0
     link += 1
     clearTimeout(timer)
     socket?.close()
@@ -256,7 +258,7 @@
     }
   }
 
-  /** Act on an HTTP status or a close code, which alone never says that a session is over. */
+  /** Act on an HTTP status or a close code, which never means that a session is over. */
   const failed = (code = 0, after = "") => {
     const suspect = unanswered().filter((message) => message.link === link).at(-1)
     if (suspect && [1003, 1008, 1009].includes(code)) refuse(suspect, "failed", TEXTS.failed)
@@ -268,7 +270,6 @@
 
   /** Come back after a wait; after an endless one, when the visitor asks. */
   const later = (notice = "", wait = 0) => {
-    if (live && Date.now() - opened >= HELD) attempts = 0
     drop()
     failures += 1
     wanted = wait < Infinity
@@ -284,7 +285,7 @@
     if (wanted && !document.hidden && Date.now() >= due) connect()
   }
 
-  /** Send what has not been sent here, but no more than the server lets wait. */
+  /** Send what was not sent here, but no more than may wait. */
   const flush = () => {
     for (const message of live ? unanswered().slice(0, limits.maxPending + 1) : []) {
       const { id, text } = message
@@ -304,7 +305,7 @@
     const reply = running
     running = undefined
     mark(reply, state, remark)
-    // An interrupted reply is no answer: the message goes again, and the new reply takes its place.
+    // An interrupted reply is no answer: the message goes again.
     if (reply.asked) reply.asked.open = state === "interrupted"
     draw(reply)
     follow()
@@ -365,7 +366,7 @@
     "message-rejected"({ id, code, detail }) {
       const message = bubbles.get(id)
       if (message) refuse(message, code, detail)
-      else if (code !== "cancelled") { // What is taken back has left the page already.
+      else if (code !== "cancelled") { // It has left the page already.
         tell("", detail)
         emit("error", { code })
       }
@@ -375,7 +376,6 @@
     "session-end"({ reason }) {
       emit("end", { reason })
       if (reason === "restart") return failed()
-      if (running) mark(running, "interrupted", "…")
       drop()
       wanted = false
       ended = true
@@ -413,9 +413,10 @@ svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-widt
 [part=launcher], [part=panel], [part=badge] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
 [data-position=left] > * { left: 20px; right: auto }
 [data-position=right] > * { right: 20px; left: auto }
-[part=launcher], [part=send], [part=newer], [part~=visitor] { background: var(--accent); color: var(--on) }
-[part=launcher] { padding: 16px; border-radius: 50%; box-shadow: 0 4px 16px #0004 }
-[part=badge] { inset-block-end: 60px; padding: 0 8px; border-radius: 11px; pointer-events: none; background: var(--text); color: var(--bg); font: 13px/22px sans-serif }
+[part=launcher], [part=send], [part~=visitor] { background: var(--accent); color: var(--on) }
+[part=launcher] { padding: 14px; border-radius: 50%; box-shadow: 0 4px 16px #0004 }
+[part=launcher] svg { width: 26px }
+[part=badge] { inset-block-end: 60px; pointer-events: none }
 [part=panel] {
   inset-block-end: 88px; display: flex; flex-direction: column; overflow: hidden;
   width: min(var(--chat-width, 380px), 100vw - 40px); height: min(var(--chat-height, 600px), 100dvh - 108px);
@@ -423,25 +424,28 @@ svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-widt
 }
 [part=header] { display: flex; align-items: center; padding: 8px; border-bottom: 1px solid var(--line) }
 b { flex: 1; padding: 8px; font-size: 16px }
-[part=log] { flex: 1; display: flex; flex-direction: column; gap: 10px; padding: 16px; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere; outline-offset: -2px }
+[part=log] { flex: 1; display: flex; flex-direction: column; gap: 10px; padding: 16px; overflow-y: auto; overscroll-behavior: contain; overflow-wrap: anywhere }
+[part=log], [part=input] { outline-offset: -2px }
 [part~=message] { max-width: 86%; padding: 8px 13px; border: 1px solid transparent; border-radius: var(--radius) }
 [part~=visitor] { align-self: end; border-end-end-radius: 4px; white-space: pre-wrap }
-[part~=reply] { align-self: start; border-end-start-radius: 4px; background: var(--soft) }
+[part~=reply] { align-self: start; white-space: pre-line; border-end-start-radius: 4px; background: var(--soft) }
 [data-state=waiting], [data-state=refused] { background: none; border: 1px dashed var(--mute); color: var(--text) }
 small { display: flex; gap: 10px; align-items: center; font-size: 13px; color: var(--mute) }
 [data-state=refused] small, [data-state=failed] small { color: light-dark(#b3261e, #ff9d94) }
 small button, footer a, [part=stay] { padding: 4px 0; color: var(--text); text-decoration: underline }
-p, pre, ul, ol { margin: 0 0 8px; white-space: pre-wrap }
+p, pre, ul, ol { margin: 0 0 8px }
 ul, ol { padding-inline-start: 22px }
 li > *, div > :last-child { margin-bottom: 0 }
-pre, code { font: 13px/1.5 ui-monospace, monospace; background: var(--line); border-radius: 5px; padding: 1px 4px }
+pre, code { padding: 1px 4px; border-radius: 6px; background: var(--line); font: 13px ui-monospace, monospace; white-space: pre-wrap }
 a { color: inherit }
 [data-state=streaming] > :empty::before { content: "● ● ●"; font-size: 10px; color: var(--mute); animation: breathe 1.2s infinite }
 [part=sources] { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; font-size: 13px }
 [part=sources] > * { padding: 3px 9px; border: 1px solid var(--line); border-radius: 8px; background: var(--bg) }
 footer { position: relative; padding: 10px; border-top: 1px solid var(--line) }
-footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center; font-size: 13px }
-[part=newer] { position: absolute; top: -44px; left: 50%; translate: -50%; padding: 5px 14px; font-size: 13px }
+footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baseline; font-size: 13px }
+[part=notice]:not(:empty) { padding: 0 6px 8px }
+[part=newer] { position: absolute; top: -36px; left: 50%; translate: -50% }
+[part=badge], [part=newer] { padding: 0 8px; border-radius: 12px; background: var(--text); color: var(--bg); font-size: 13px; line-height: 24px }
 [part=composer] { gap: 6px; align-items: end; flex-wrap: nowrap }
 [part=input] {
   flex: 1; min-width: 0; max-height: 132px; field-sizing: content; resize: none; padding: 8px 12px;
@@ -480,7 +484,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   const stop = button("stop", () => {
     transmit("stop", { id: running?.asked?.id })
     input.focus()
-  }, "M7 7h10v10H7Z")
+  }, "M6 6h12v12H6Z")
   const panel = el("div", { part: "panel", id: "panel", role: "dialog", "aria-label": title, hidden: "" },
     el("div", { part: "header" }, el("b", {}, title),
       button("copy", () => copy(), "M9 9h11v11H9ZM5 15H4V4h11v1"), button("close", () => toggle(false), "M6 6l12 12M18 6 6 18")),
@@ -564,7 +568,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
 
   /** @param {Bubble} message */
   const refuse = (message, code = "", detail = "") => {
-    message.open = false
+    message.open = undefined
     mark(message, "refused", detail, input.value && takeBackButton(message))
     input.value ||= message.text
     announce(detail)
@@ -575,8 +579,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
     hide(stop, !running)
     for (const message of bubbles.values()) {
       const { node, reply, open } = message
-      const state = open && reply?.node.dataset.state !== "streaming" ? "waiting" : "sent"
-      if (open === undefined || ["refused", state].includes(node.dataset.state ?? "")) continue
+      const state = open && !reply ? "waiting" : "sent"
+      if (open === undefined || node.dataset.state === state) continue
       mark(message, state, ...(state === "sent" ? [] : [TEXTS.waiting, takeBackButton(message)]))
     }
   }
@@ -618,13 +622,16 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   }
 
   const copy = () => {
-    const text = [...log.children].map(({ part, firstChild }) => (part.contains("visitor") ? "> " : "") + firstChild?.textContent).join("\n\n")
-    if (navigator.clipboard) return navigator.clipboard.writeText(text)
-    addEventListener("copy", (event) => { // Plain http has no clipboard of its own.
-      event.preventDefault()
-      event.clipboardData?.setData("text/plain", text)
-    }, { once: true })
-    document.execCommand("copy")
+    const turns = /** @type {HTMLElement[]} */ ([...log.children])
+    const text = turns.map(({ part, innerText }) => (part.contains("visitor") ? "> " : "") + innerText).join("\n\n")
+    const legacy = () => {
+      addEventListener("copy", (event) => {
+        event.preventDefault()
+        event.clipboardData?.setData("text/plain", text)
+      }, { once: true })
+      document.execCommand("copy")
+    }
+    navigator.clipboard?.writeText(text).catch(legacy) ?? legacy() // Plain http has no clipboard.
   }
 
   const toggle = (visible = panel.hidden) => {
@@ -654,8 +661,8 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   input.oninput = () => {
     if (!stay.hidden && typedStays++ < TYPED_STAYS) remain()
   }
-  panel.onkeydown = (event) => {
-    event.stopPropagation() // The page's own shortcuts are not for words typed here.
+  root.onkeydown = (event) => {
+    event.stopPropagation() // Not for the page's own shortcuts.
     if (event.isComposing || event.keyCode === 229) return // An input method is at work.
     if (event.key === "Escape") toggle(false)
     if (event.key === "Enter" && !event.shiftKey && event.target === input) {
@@ -670,21 +677,20 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
   new ResizeObserver(() => pinned && toEnd()).observe(log)
 
   const view = /** @type {any} */ (visualViewport)
-  const fit = () => { // A phone's keyboard covers part of the page without resizing it.
+  const fit = () => { // A phone's keyboard covers the page without resizing it.
     root.style.setProperty("--top", `${view.offsetTop}px`)
     root.style.setProperty("--height", `${view.height * view.scale}px`)
   }
   for (const type of ["resize", "scroll"]) view.addEventListener(type, fit, { signal })
   for (const type of ["online", "pageshow"]) addEventListener(type, wake, { signal })
   document.addEventListener("visibilitychange", wake, { signal })
-  addEventListener("pagehide", drop, { signal }) // An open socket keeps a page out of the back/forward cache.
+  addEventListener("pagehide", drop, { signal }) // An open socket bars the back/forward cache.
 
-  // Beside the body, since some pages swap that.
-  const attach = () => host.isConnected || document.documentElement.append(host)
-  const keeper = new MutationObserver(attach)
-  keeper.observe(document, { childList: true })
-  keeper.observe(document.documentElement, { childList: true })
   customElements.get(TAG) ?? customElements.define(TAG, class extends HTMLElement {})
+  const html = document.documentElement
+  const attach = () => host.isConnected || html.append(host) // Beside the body, since some pages swap that.
+  const keeper = new MutationObserver(attach)
+  keeper.observe(html, { childList: true })
   attach()
 
   page.ChatSession = {
@@ -701,6 +707,6 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: center;
       delete page.ChatSession
     },
   }
-  // A page that is rendered ahead of its visit gets no frame before it.
+  // A prerendered page gets no frame before its visit.
   if (script.hasAttribute("data-open")) requestAnimationFrame(() => toggle(true))
 })()
