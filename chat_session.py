@@ -868,11 +868,12 @@ class _Answer:
 
     __slots__ = (
         *("_born", "_desk", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer"),
-        *("id", "in_reply_to", "owner", "pasts", "sources", "status"),
+        *("id", "in_reply_to", "owner", "pasts", "session_id", "sources", "status"),
     )
 
-    def __init__(self, desk: _Desk, reply: Reply) -> None:
+    def __init__(self, desk: _Desk, reply: Reply, session_id: str = "") -> None:
         self.id = reply.id
+        self.session_id = session_id
         self.in_reply_to = reply.in_reply_to
         self.status: _Status = reply.status
         self.sources = list(reply.sources)
@@ -1072,14 +1073,14 @@ class _Answer:
 class _Past:
     """An ended session whose replies wait for their visitor: the last, which the row carries, and those before it."""
 
-    def __init__(self, desk: _Desk, row: SessionRow, answers: Sequence[_Answer], *, is_own: bool) -> None:
+    def __init__(self, desk: _Desk, row: SessionRow, answers: Sequence[_Answer]) -> None:
         self.answers = list(answers)
         self.answer = answer = self.answers[-1]
         self.holder: _Conversation | None = None
         self._desk = desk
         self._row = row
         self._timer: asyncio.TimerHandle | None = None
-        self._is_unfinished_turn = is_own and answer.status == "streaming"
+        self._is_unfinished_turn = answer.session_id == row.id and answer.status == "streaming"
         answer.pasts.append(self)
         desk.remember(row.id, self)
 
@@ -1123,7 +1124,7 @@ class _Conversation:
     """One open session: what its visitor may do, decided without waiting for anything."""
 
     __slots__ = (
-        *("_answer", "_carried", "_desk", "_idle", "_invalid", "_line", "_past", "_quiet", "_rate", "_recent"),
+        *("_answer", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate", "_recent"),
         *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
     )
 
@@ -1138,9 +1139,8 @@ class _Conversation:
         self._taken: set[str] = set()
         self._talk: _Talk | None = None
         self._answer: _Answer | None = None
-        # A page has at most so many messages under way, so it cannot have missed more replies than these.
-        self._recent: deque[_Answer] = deque(maxlen=desk.config.max_pending + 2)
-        self._carried: dict[str, _Answer] = {}
+        self._last: _Answer | None = None
+        self._recent: dict[str, _Answer] = {}
         self._past: _Past | None = None
         self._settling: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -1242,7 +1242,7 @@ class _Conversation:
         """Hang up on a token that has opened a session on another worker, whose row it is."""
         self._line.hang_up(_Close.TOKEN)
         if not self.is_over:
-            self._recent.clear()
+            self._last = None
             self._finish("dropped", is_ours=False)
 
     def drain(self) -> None:
@@ -1262,9 +1262,9 @@ class _Conversation:
         if self._answer is not None and self._answer.owner is self:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
-        if reason in _CARRIED and self._recent:
-            is_own = self._recent[-1] not in self._carried.values()
-            _Past(self._desk, self.row, self._recent, is_own=is_own).save()
+        if reason in _CARRIED and self._last is not None:
+            others = [answer for answer in self._recent.values() if answer is not self._last]
+            _Past(self._desk, self.row, [*others, self._last]).save()
         elif is_ours:
             self._desk.rows.put(self.row)
         _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
@@ -1300,16 +1300,27 @@ class _Conversation:
         earlier = self._desk.pads.earlier(self.row.id)
         self._talk = (earlier, question)
         messages = [message.copy() for turn in (*earlier, (question,)) for message in turn]
-        self._answer = _Answer(self._desk, _new_reply(message_id))
-        self._recent.append(self._answer)
+        self._answer = self._last = _Answer(self._desk, _new_reply(message_id), self.row.id)
+        self._keep(self._answer)
         self._answer.owner = self
         self._answer.attach(self._line)
         self._answer.start(self._answer.ask(Chat(question["content"], messages, self.row, self._desk.app)))
 
+    def _keep(self, answer: _Answer) -> None:
+        """Keep a reply that the page may not have seen end.
+
+        It has no more messages under way than may wait and one that is answered, and asks again for all that it has
+        not seen: those are kept anew, so what falls off it has seen.
+        """
+        self._recent.pop(answer.in_reply_to, None)
+        self._recent[answer.in_reply_to] = answer
+        if len(self._recent) > self._desk.config.max_pending + 2:
+            del self._recent[next(iter(self._recent))]
+
     def replied(self, answer: _Answer) -> None:
         """Note the end of the running reply; what was said goes onto the scratchpad."""
         if answer.status in _TOLD:
-            if answer not in self._carried.values():
+            if answer.session_id == self.row.id:
                 self.row = msgspec.structs.replace(self.row, turns=self.row.turns + 1)
             self._remember(self._talk, answer)
         self._talk = None
@@ -1337,8 +1348,7 @@ class _Conversation:
         self._settling = None
         if shelf is not None and (reply := shelf.row.reply) is not None:
             row = msgspec.structs.replace(shelf.row, reply=None)
-            answers = [_Answer(self._desk, each) for each in (*shelf.others, reply)]
-            past = _Past(self._desk, row, answers, is_own=False)
+            past = _Past(self._desk, row, [_Answer(self._desk, each) for each in (*shelf.others, reply)])
             if reply.status != "streaming":
                 past.save()
             elif rows.shared is not None:
@@ -1354,18 +1364,18 @@ class _Conversation:
             past.holder.end("replaced")
         past.holder = self
         self._past, last = past, past.answer
-        self._recent.extend(past.answers)
-        self._carried = {answer.in_reply_to: answer for answer in past.answers}
+        self._last = last
+        self._recent = {answer.in_reply_to: answer for answer in past.answers}
         if last.status == "streaming":
             self._answer = last
             last.owner = self
         last.attach(self._line)
         for message_id in [each for each in self._waiting if self._find_carried(each)]:
-            self._recognise(self._carried[message_id], self._waiting.pop(message_id))
+            self._recognise(self._recent[message_id], self._waiting.pop(message_id))
 
     def _find_carried(self, message_id: str) -> _Answer | None:
         """Find the carried reply that answers the message, unless it went wrong and shall be given anew."""
-        carried = self._carried.get(message_id)
+        carried = self._recent.get(message_id)
         return carried if carried is not None and carried.status in (*_TOLD, "streaming") else None
 
     def _recognise(self, carried: _Answer, text: str) -> None:
@@ -1375,12 +1385,13 @@ class _Conversation:
         interrupt the reply which is being sent; starting it once more puts that right.
         """
         self._taken.add(carried.in_reply_to)
+        self._keep(carried)
         talk = (self._desk.pads.earlier(self.row.id), Message(role="user", content=text))
         if carried.status == "streaming":
             self._talk = talk
             return
         self._remember(talk, carried)
-        if carried is not next(reversed(self._carried.values())):
+        if carried is not self._last:
             carried.attach(self._line)
             if self._running is not None:
                 self._running.attach(self._line)

@@ -4,7 +4,7 @@
  * data-accent, data-theme (auto, light, dark), data-open, data-fallback-url, and data-text-NAME for each of TEXTS.
  *
  * @typedef {{ id: string, text: string, node: HTMLElement, body: HTMLElement, note: HTMLElement, drawn: string[],
- *   open?: boolean, link?: number, reply?: Bubble, asked?: Bubble, whole?: boolean }} Bubble  A message, reply or greeting.
+ *   open?: boolean, link?: number, reply?: Bubble, asked?: Bubble, whole?: boolean }} Bubble
  */
 (() => {
   "use strict"
@@ -17,7 +17,7 @@
   const SLACK = 15_000 // Silence beyond the ping interval.
   const PATIENCE = 3 // Failures in a row that are just "Reconnecting".
   const TYPED_STAYS = 10
-  const NEAR = 40 // Pixels from the end.
+  const NEAR = 40
   const TAG = "chat-session"
   const FRAME = 16 // A timer, since hidden pages get no animation frames.
   let limits = { pingInterval: 25, maxMessageChars: 4_000, maxPending: 4 }
@@ -54,12 +54,7 @@
 
   // ---- Helpers ----
 
-  /**
-   * @template {keyof HTMLElementTagNameMap} T
-   * @param {T} tag
-   * @param {Record<string, string>} [attributes]
-   * @param {(Node | string)[]} children
-   */
+  /** @template {keyof HTMLElementTagNameMap} T  @param {T} tag  @param {Record<string, string>} attributes  @param {(Node | string)[]} children */
   const el = (tag, attributes = {}, ...children) => {
     const node = document.createElement(tag)
     for (const name in attributes) node.setAttribute(name, attributes[name])
@@ -407,8 +402,8 @@ aside {
 [data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box }
 [hidden], small:empty { display: none !important }
-button { padding: 8px; cursor: pointer; font: inherit; color: inherit; background: none; border: 1px solid transparent; border-radius: 12px }
-:focus-visible { outline: 2px solid; outline-offset: 1px }
+button { cursor: pointer }
+button, textarea { padding: 8px; background: none; font: inherit; color: inherit; border: 1px solid transparent; border-radius: 12px }
 svg { display: block; width: 22px; fill: none; stroke: currentcolor; stroke-width: 2; stroke-linecap: round; stroke-linejoin: round }
 [part=launcher], [part=panel], [part=badge] { position: fixed; inset-block-end: 20px; inset-inline-end: 20px }
 [data-position=left] > * { left: 20px; right: auto }
@@ -443,13 +438,13 @@ a { color: inherit }
 [part=sources] > * { padding: 3px 9px; border: 1px solid var(--line); border-radius: 8px; background: var(--bg) }
 footer { position: relative; padding: 10px; border-top: 1px solid var(--line) }
 footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baseline; font-size: 13px }
-[part=notice]:not(:empty) { padding: 0 6px 8px }
+[part=notice]:not(:empty) { padding-block-end: 8px }
 [part=newer] { position: absolute; top: -36px; left: 50%; translate: -50% }
 [part=badge], [part=newer] { padding: 0 8px; border-radius: 12px; background: var(--text); color: var(--bg); font-size: 13px; line-height: 24px }
 [part=composer] { gap: 6px; align-items: end; flex-wrap: nowrap }
 [part=input] {
-  flex: 1; min-width: 0; max-height: 132px; field-sizing: content; resize: none; padding: 8px 12px;
-  font: 16px/1.4 var(--chat-font, system-ui, sans-serif); color: inherit; background: var(--bg); border: 1px solid var(--mute); border-radius: 12px;
+  flex: 1; min-width: 0; max-height: 132px; field-sizing: content; resize: none;
+  padding: 8px 12px; font-size: 16px; border: 1px solid var(--mute);
 }
 ::placeholder { color: var(--mute); opacity: 1 }
 [part=stop] { border-color: var(--mute) }
@@ -467,7 +462,6 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baselin
 }
 `
 
-  let unread = 0
   let pinned = true // The visitor reads along.
   /** @type {Bubble | undefined} */
   let dirty
@@ -513,10 +507,9 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baselin
   }
 
   const count = () => {
-    unread = panel.hidden ? unread + 1 : 0
-    badge.textContent = `${unread}`
-    badge.hidden = !unread
-    launcher.title = unread ? TEXTS.unread : TEXTS.launcher
+    badge.hidden = !panel.hidden
+    badge.textContent = panel.hidden ? `${Number(badge.textContent) + 1}` : ""
+    launcher.title = panel.hidden ? TEXTS.unread : TEXTS.launcher
   }
 
   const toEnd = () => {
@@ -597,7 +590,7 @@ footer > div { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baselin
   const say = (text = "") => {
     text = text.trim()
     if (!text) return
-    const id = crypto.getRandomValues(new Uint32Array(4)).join("-") // randomUUID is missing on plain http.
+    const id = crypto.getRandomValues(new Uint32Array(4)).join("-")
     const message = bubble("visitor")
     message.body.append(text)
     bubbles.set(id, Object.assign(message, { id, text, open: true }))
