@@ -107,6 +107,7 @@ import msgspec
 from cachetools import TTLCache
 from litestar import Litestar, Request, Response, WebSocket, get, post, websocket
 from litestar.connection import ASGIConnection
+from litestar.datastructures import CacheControlHeader
 from litestar.exceptions import HTTPException, ImproperlyConfiguredException, WebSocketDisconnect
 from litestar.plugins import InitPlugin
 from litestar.stores.base import Store
@@ -332,9 +333,11 @@ class _RowKeeper(Protocol):
 
 
 def _unwrap(function: Any) -> Any:
-    """Find what a partial or an object with ``__call__`` runs."""
+    """Find what a partial or an object with ``__call__`` runs; a class is neither."""
     while isinstance(function, partial):
         function = function.func
+    if isinstance(function, type):
+        return None
     return function if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004 - not a test
 
 
@@ -343,7 +346,14 @@ def _is_async(function: Any) -> bool:
 
 
 def _is_answerer(function: Any) -> bool:
-    return _is_async(function) or inspect.isasyncgenfunction(_unwrap(function))
+    """Tell whether *function* streams or can be awaited, and can be called with a ``Chat`` alone."""
+    if not _is_async(function) and not inspect.isasyncgenfunction(_unwrap(function)):
+        return False
+    try:
+        inspect.signature(function).bind(object())
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _as_bytes(key: str | bytes) -> bytes:
@@ -524,11 +534,16 @@ def _mac(key: bytes, text: str) -> str:
     return _base64(hmac.digest(key, b"chat_session token\0" + text.encode(), "sha256"))
 
 
+def _derive(key: str | bytes, path: str) -> bytes:
+    """Make the key of one mount, whose tokens are good for no other."""
+    return hmac.digest(_as_bytes(key), b"chat_session mount\0" + path.strip("/").encode(), "sha256")
+
+
 def _digest(origin: str | None) -> str:
     return _base64(hashlib.sha256(origin.lower().encode()).digest()[:12]) if origin else ""
 
 
-def _find_keys(secret: str | bytes | Sequence[str | bytes] | None) -> list[bytes]:
+def _find_keys(secret: str | bytes | Sequence[str | bytes] | None) -> Sequence[str | bytes]:
     """Return the signing keys, the first of which signs: as configured, from the environment, or made up.
 
     Raises:
@@ -546,7 +561,7 @@ def _find_keys(secret: str | bytes | Sequence[str | bytes] | None) -> list[bytes
             _ENV_SECRET,
         )
         return [secrets.token_bytes(_MIN_SECRET)]
-    return [_as_bytes(key) for key in ([secret] if isinstance(secret, (str, bytes)) else secret)]
+    return [secret] if isinstance(secret, (str, bytes)) else secret
 
 
 # ---- Who may come, and how often -------------------------------------------------------------------------------------
@@ -1532,6 +1547,15 @@ def _name(function: Any) -> str:
 # ---- The socket ------------------------------------------------------------------------------------------------------
 
 
+async def _try(action: Awaitable[None]) -> bool:
+    """Do something with a socket; False if the visitor has left meanwhile."""
+    try:
+        await action
+    except _GONE:
+        return False
+    return True
+
+
 class _Office:
     """Sends what lies in the lines' outboxes: urgent frames in the loop's next turn, words at the next refresh.
 
@@ -1717,18 +1741,23 @@ class _Line:
         """Read until the visitor leaves or we hang up, and close."""
         try:
             async with asyncio.timeout(None if self._code is None else 0) as self._limit:
-                while self._take(await self._socket.receive()):  # noqa: ASYNC110 - no event is waited for
+                while self._take(await self._receive()):  # noqa: ASYNC110 - no event is waited for
                     await asyncio.sleep(0)  # one who floods does not hold up the others
         except TimeoutError:
-            pass
-        except _GONE:
-            self._left = _Close.LEFT
+            if self._code is None:
+                raise
         finally:
             self._limit = None
             self._pulse.cancel()
             self.conversation.gone(self._left)
         if self._left is None:
             await self._close()
+
+    async def _receive(self) -> Any:
+        try:
+            return await self._socket.receive()
+        except _GONE:
+            return {"type": "websocket.disconnect"}
 
     async def _close(self) -> None:
         code = self._code or _Close.BUG
@@ -1815,7 +1844,7 @@ class ChatSessionPlugin(InitPlugin):
                 "write it with `async def` and one parameter, the Chat"
             )
         self._config = config
-        self._keys = _find_keys(config.secret)
+        self._keys = [_derive(key, config.path) for key in _find_keys(config.secret)]
         self._desk = _Desk(answer, config)
         self._office = _Office(config.send_timeout)
         self._used: TTLCache[str, bool] = TTLCache(math.inf, config.token_ttl + 1, timer=_now)
@@ -1833,7 +1862,10 @@ class ChatSessionPlugin(InitPlugin):
         base = "/" + self._config.path.strip("/")
         base = base.rstrip("/")
 
-        @post(f"{base}/token", status_code=201, include_in_schema=False, **self._options(app_config, is_token=True))
+        cache = CacheControlHeader(no_store=True)  # on the handler, or the host's own would land here too
+        options = self._options(app_config, is_token=True)
+
+        @post(f"{base}/token", status_code=201, include_in_schema=False, cache_control=cache, **options)
         async def token(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
             return await self._mint(request)
 
@@ -1873,13 +1905,17 @@ class ChatSessionPlugin(InitPlugin):
 
     async def _mint(self, request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         """Give a visitor the right to open one session."""
-        config, origin, headers = self._config, _header(request, "origin"), {"Cache-Control": "no-store"}
+        config, origin = self._config, _header(request, "origin")
         if not _is_welcome(request, config.allowed_origins):
-            raise HTTPException(status_code=403, detail="This origin may not open a chat here.", headers=headers)
-        headers |= _cors(origin, config.allowed_origins)
+            raise HTTPException(status_code=403, detail="This origin may not open a chat here.")
+        headers = _cors(origin, config.allowed_origins)
         previous = await self._find_previous(request)
-        self._make_way(request, previous.session if previous else "", headers)
-        visitor = await self._find_visitor(request)
+        try:
+            self._make_way(request, previous.session if previous else "")
+            visitor = await self._find_visitor(request)
+        except HTTPException as refusal:
+            refusal.headers = {**(refusal.headers or {}), **headers, "Cache-Control": "no-store"}
+            raise
         if previous and (previous.origin != _digest(origin) or previous.visitor not in (None, visitor)):
             previous = None
         session = previous.session if previous else ""
@@ -1893,7 +1929,7 @@ class ChatSessionPlugin(InitPlugin):
             return None
         try:
             text = (await request.form()).get("previous")
-        except (HTTPException, ValueError, RuntimeError):
+        except Exception:  # noqa: BLE001 - a form can be malformed in as many ways as there are parsers of its parts
             return None
         return _Token.verify(self._keys, text) if isinstance(text, str) else None
 
@@ -1904,7 +1940,7 @@ class ChatSessionPlugin(InitPlugin):
         visitor = await visitor if inspect.isawaitable(visitor) else visitor
         return None if visitor is None else str(visitor)
 
-    def _make_way(self, request: Request[Any, Any, Any], previous: str, headers: dict[str, str]) -> None:
+    def _make_way(self, request: Request[Any, Any, Any], previous: str) -> None:
         """Turn a visitor away politely where there is no room, or where they ask too often.
 
         Raises:
@@ -1920,7 +1956,7 @@ class ChatSessionPlugin(InitPlugin):
         elif address is not None and (seconds := self._rate(address).wait(_now())):
             status, wait, detail = 429, seconds, "Too many chats were opened; please wait a moment."
         if status:
-            raise HTTPException(status_code=status, detail=detail, headers={"Retry-After": str(wait), **headers})
+            raise HTTPException(status_code=status, detail=detail, headers={"Retry-After": str(wait)})
 
     def _rate(self, address: str) -> _Rate:
         rate = self._rates.get(address) or _Rate(self._config.tokens_per_minute)
@@ -1952,12 +1988,9 @@ class ChatSessionPlugin(InitPlugin):
             line = await self._answer_handshake(socket)
             if line is not None:
                 await line.serve()
-        except _GONE:
-            pass  # the visitor left before the conversation began
         except Exception as error:  # noqa: BLE001 - the last resort
             _log.error("a chat failed by a fault of ours or of the host's configuration: %s", _tell(error))
-            with contextlib.suppress(*_GONE):
-                await socket.close(_Close.BUG, _REASONS[_Close.BUG])
+            await _try(socket.close(_Close.BUG, _REASONS[_Close.BUG]))
         finally:
             self._handlers.discard(task)
 
@@ -1969,18 +2002,19 @@ class ChatSessionPlugin(InitPlugin):
         texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
         token = _Token.verify(self._keys, texts[0]) if texts else None
         # A proxy that rewrites Host makes the app's own origin look foreign; the token knows better.
-        is_welcome = _is_welcome(socket, self._config.allowed_origins) or (token and token.origin == _digest(origin))
-        if _SUBPROTOCOL not in offered or not is_welcome:
-            await socket.close()
+        is_known = origin and token and token.origin == _digest(origin)
+        if _SUBPROTOCOL not in offered or not (is_known or _is_welcome(socket, self._config.allowed_origins)):
+            await _try(socket.close())
             return None
-        await socket.accept(subprotocols=_SUBPROTOCOL)
+        if not await _try(socket.accept(subprotocols=_SUBPROTOCOL)):
+            return None
         address = self._find_address(socket)
         refusal = self._find_refusal(token, origin, address)
         greeting = "" if refusal else await self._greet(socket)
         refusal = refusal or self._find_refusal(token, origin, address)
         if refusal is not None or token is None:
             code = refusal or _Close.TOKEN
-            await socket.close(code, _REASONS[code])
+            await _try(socket.close(code, _REASONS[code]))
             return None
         return self._open(socket, token, address, greeting)
 
@@ -2031,9 +2065,17 @@ def _widget_route(path: str, options: dict[str, Any]) -> Any:
         )
     script = file.read_bytes()
     tag = f'"{hashlib.sha256(script).hexdigest()[:20]}"'
-    headers = {"ETag": tag, "Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff"}
+    headers = {"ETag": tag, "X-Content-Type-Options": "nosniff"}
+    cache = CacheControlHeader(public=True, max_age=300)
 
-    @get(path, media_type="text/javascript", include_in_schema=False, sync_to_thread=False, **options)
+    @get(
+        path,
+        media_type="text/javascript",
+        include_in_schema=False,
+        sync_to_thread=False,
+        cache_control=cache,
+        **options,
+    )
     def widget(request: Request[Any, Any, Any]) -> Response[bytes]:
         known = [each.strip().removeprefix("W/") for each in (_header(request, "if-none-match") or "").split(",")]
         if tag in known or "*" in known:
