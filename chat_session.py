@@ -163,6 +163,7 @@ _CLOSE_GRACE = 1.0  # seconds for the last frames and the close of one socket
 _STOP_GRACE = 5.0  # seconds that a stopped answerer has for its ``finally``
 _LOAD_TIMEOUT = 6.0  # seconds for one ``load`` of a row, during which a visitor's messages wait
 _SAVE_TIMEOUT = 30.0  # seconds for one ``save`` of a row, which nobody waits for
+_SAVE_GRACE = 5.0  # seconds at least that rows have to be saved at shutdown
 _GREETING_TIMEOUT = 5.0  # seconds for the host's greeting; a visitor looks at an empty panel meanwhile
 _PATIENCE = 4.0  # seconds after which another worker that shows no sign of life is gone
 _GLANCE = 0.25  # seconds between two looks at another worker's row
@@ -795,8 +796,8 @@ class _Rows:
     async def _write(self, queue: deque[tuple[SessionRow, list[Reply]]], session_id: str) -> None:
         while queue:
             row, others = queue.popleft()
-            saving = self.shared.save(row, others) if self.shared is not None else cast("_SaveRow", self._save)(row)
-            await self._guard(saving, session_id, _SAVE_TIMEOUT)
+            save = cast("_SaveRow", self._save) if self.shared is None else partial(self.shared.save, others=others)
+            await self._guard(partial(save, row), session_id, _SAVE_TIMEOUT)
         del self._queues[session_id]
 
     def is_saving(self, session_id: str) -> bool:
@@ -806,18 +807,23 @@ class _Rows:
     async def load(self, session_id: str) -> _Shelf | None:
         """Return what is kept of a session that has ended; None also where the keeper fails or is slow."""
         load: Callable[[str], Awaitable[Any]] | None = self._load if self.shared is None else self.shared.load
-        kept = None if load is None else await self._guard(load(session_id), session_id, _LOAD_TIMEOUT)
-        return _Shelf(kept) if isinstance(kept, SessionRow) else kept
+        kept = None if load is None else await self._guard(partial(load, session_id), session_id, _LOAD_TIMEOUT)
+        if kept is None or isinstance(kept, _Shelf):
+            return kept
+        if isinstance(kept, SessionRow):
+            return _Shelf(kept)
+        _log.error("rows.load(%r) returned %s, not a SessionRow; it is ignored", session_id, type(kept).__name__)
+        return None
 
     async def take_notes(self) -> list[str]:
         """Return the sessions that have come back on another worker."""
-        return [] if self.shared is None else await self._guard(self.shared.take_notes(), "", _LOAD_TIMEOUT) or []
+        return [] if self.shared is None else await self._guard(self.shared.take_notes, "", _LOAD_TIMEOUT) or []
 
-    async def _guard(self, call: Awaitable[Any], session_id: str, limit: float) -> Any:
+    async def _guard(self, call: Callable[[], Awaitable[Any]], session_id: str, limit: float) -> Any:
         """Await the keeper; of failures in a row the log tells the first, and the end of them."""
         try:
             async with asyncio.timeout(limit):
-                value = await call
+                value = await call()
         except _TokenUsedError:
             self._on_used(session_id)
             return None
@@ -946,6 +952,7 @@ class _Answer:
             self._say("\ufffd")
         self.status = status
         self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
         self._post_end()
         for past in list(self.pasts):
             past.save()
@@ -955,9 +962,8 @@ class _Answer:
     def halt(self, status: _Status) -> None:
         """End the reply from outside: at once for the visitor; the answerer gets a few seconds to clean up."""
         self.end(status)
-        if self._task is not None and self in self._desk.answers:
+        if self._task is not None:
             self._task.cancel()
-            asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
 
     def _abandon(self) -> None:
         if self in self._desk.answers:
@@ -967,25 +973,51 @@ class _Answer:
                 _STOP_GRACE,
                 self.id,
             )
+            cast("asyncio.Task[None]", self._task).cancel()
             self._free()
 
     def _free(self, _task: object = None) -> None:
         """Let the next message have its turn, now that the answerer is done or given up."""
         self._task = None
+        self._timer.cancel()
         if self._desk.answers.pop(self, None) is not None and self.owner is not None:
             self.owner.freed()
 
     async def ask(self, chat: Chat) -> None:
         """Ask the answerer. Only this coroutine holds *chat*, so it goes when the reply does (decision 9)."""
+        pieces: AsyncIterator[str | Source] | None = None
         try:
-            await self._read(await _ask(self._desk.answer, chat))
+            pieces = await _ask(self._desk.answer, chat)
+            await self._read(pieces)
         except BaseException as error:  # noqa: BLE001 - the host's code: even SystemExit ends no more than its reply
-            was_streaming = self.status == "streaming"
-            if _is_cancelled(error):
-                self.end("interrupted")
+            self._fail(error)
+        try:
+            if (close := getattr(pieces, "aclose", None)) is not None:
+                await close()
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._fail(error)
+
+    async def _read(self, pieces: AsyncIterator[str | Source]) -> None:
+        count = 0
+        async for piece in pieces:
+            self._take(piece)
+            if self.status != "streaming":
                 return
-            self.end("failed")
-            self._complain(error, "failed on" if was_streaming else "raised after the end of")
+            count += 1
+            if count % _BREATH == 0:
+                await asyncio.sleep(0)
+        self.end("finished")
+
+    def _fail(self, error: BaseException) -> None:
+        """End the reply for *error*, and say in the log whose it is."""
+        if _is_cancelled(error):
+            self.end("interrupted")
+            return
+        what = "failed on" if self.status == "streaming" else "raised after the end of"
+        self.end("failed")
+        is_ours = isinstance(error, _WrongAnswerError)
+        told = str(error) if is_ours else _tell(error, debug=self._desk.debug)
+        _log.error("answerer %s %s reply %s: %s", self._desk.answerer, what, self.id, told)
 
     async def follow(self, replies: AsyncGenerator[Reply]) -> None:
         """Tell what another worker's answerer says."""
@@ -999,26 +1031,6 @@ class _Answer:
                     self.end(reply.status)
                     return
         self.end("interrupted")
-
-    def _complain(self, error: BaseException, what: str) -> None:
-        is_ours = isinstance(error, _WrongAnswerError)
-        told = str(error) if is_ours else _tell(error, debug=self._desk.debug)
-        _log.error("answerer %s %s reply %s: %s", self._desk.answerer, what, self.id, told)
-
-    async def _read(self, pieces: AsyncIterator[str | Source]) -> None:
-        count = 0
-        try:
-            async for piece in pieces:
-                self._take(piece)
-                if self.status != "streaming":
-                    return
-                count += 1
-                if count % _BREATH == 0:
-                    await asyncio.sleep(0)
-            self.end("finished")
-        finally:
-            if (close := getattr(pieces, "aclose", None)) is not None:
-                await close()
 
     def _take(self, piece: object) -> None:
         self._heard = _now()
@@ -1088,7 +1100,8 @@ class _Answer:
 class _Past:
     """An ended session whose replies wait for their visitor: the last, which the row carries, and those before it."""
 
-    def __init__(self, desk: _Desk, row: SessionRow, answers: Sequence[_Answer]) -> None:
+    def __init__(self, desk: _Desk, row: SessionRow, answers: Sequence[_Answer], earlier: _Past | None = None) -> None:
+        self._earlier = earlier
         self.answers = list(answers)
         self.answer = answer = self.answers[-1]
         self.holder: _Conversation | None = None
@@ -1102,6 +1115,7 @@ class _Past:
     def save(self) -> None:
         """Save the row with the reply as it is; once that has ended, its time runs."""
         rows, loop, status = self._desk.rows, asyncio.get_running_loop(), self.answer.status
+        is_beat = self._timer is not None and status == "streaming"
         if self._timer is not None:
             self._timer.cancel()
         if self._is_unfinished_turn and status in _TOLD:
@@ -1110,7 +1124,7 @@ class _Past:
             self._timer = loop.call_later(self._desk.config.reply_ttl, self.forget)
         elif rows.shared is not None:
             self._timer = loop.call_later(_BEAT, self.save)  # so that other workers see it grow
-        if status != "streaming" or not rows.is_saving(self._row.id):
+        if not (is_beat and rows.is_saving(self._row.id)):
             row = msgspec.structs.replace(self._row, reply=self.answer.reply)
             rows.put(row, [each.reply for each in self.answers[:-1]])
 
@@ -1122,6 +1136,8 @@ class _Past:
             self._timer.cancel()
         self.answer.pasts.remove(self)
         self._desk.rows.put(self._row)
+        if self._earlier is not None:
+            self._earlier.forget()
 
 
 #: What the visitor can do about a message that is not taken.
@@ -1139,7 +1155,7 @@ class _Conversation:
     """One open session: what its visitor may do, decided without waiting for anything."""
 
     __slots__ = (
-        *("_answer", "_desk", "_idle", "_invalid", "_last", "_line", "_past", "_quiet", "_rate", "_recent"),
+        *("_answer", "_desk", "_idle", "_invalid", "_last", "_line", "_mark", "_past", "_quiet", "_rate", "_recent"),
         *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
     )
 
@@ -1157,9 +1173,11 @@ class _Conversation:
         self._last: _Answer | None = None
         self._recent: dict[str, _Answer] = {}
         self._past: _Past | None = None
+        self._mark: int | None = None
         self._settling: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._invalid = 0
+        self._warned = False
 
     def open(self, greeting: str, previous: str) -> None:
         """Greet the visitor, and bring what an earlier connection owes them."""
@@ -1179,6 +1197,7 @@ class _Conversation:
             self._adopt(past)
         elif previous and self._desk.rows.can_load:
             self._settling = asyncio.get_running_loop().create_task(self._fetch(previous))
+            self._desk.settle(self.row.id, self._settling)
 
     # What the visitor does.
 
@@ -1203,6 +1222,7 @@ class _Conversation:
         if message_id is not None and self._waiting.pop(message_id, None) is not None:
             self._taken.discard(message_id)
             self.reject(message_id, "cancelled")
+            self._watch_idle()
         elif (running := self._running) is not None and message_id in (None, running.in_reply_to):
             running.halt("stopped")
 
@@ -1224,10 +1244,9 @@ class _Conversation:
 
     def heard(self) -> None:
         """Note that the page listens, and so has a carried reply that was sent there to its end."""
-        past = self._past
-        if past is not None and past.answer.status != "streaming" and self._line.is_quiet:
+        if self._past is not None and self._mark is not None and self._line.sent >= self._mark:
+            self._past.forget()
             self._past = None
-            past.forget()
 
     @property
     def is_silent(self) -> bool:
@@ -1272,14 +1291,12 @@ class _Conversation:
         self._talk = None
         if self._idle is not None:
             self._idle.cancel()
-        if self._settling is not None:
-            self._settling.cancel()
         if self._answer is not None and self._answer.owner is self:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
         if reason in _CARRIED and self._last is not None:
             others = [answer for answer in self._recent.values() if answer is not self._last]
-            _Past(self._desk, self.row, [*others, self._last]).save()
+            _Past(self._desk, self.row, [*others, self._last], self._past).save()
         elif is_ours:
             self._desk.rows.put(self.row)
         _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
@@ -1339,6 +1356,8 @@ class _Conversation:
                 self.row = msgspec.structs.replace(self.row, turns=self.row.turns + 1)
             self._remember(self._talk, answer)
         self._talk = None
+        if self._past is not None and answer is self._past.answer:
+            self._mark = self._line.posted
         self._rest()
         if self._desk.is_draining:
             self.end("restart")
@@ -1357,21 +1376,34 @@ class _Conversation:
     # Coming back after a drop.
 
     async def _fetch(self, session_id: str) -> None:
-        """Ask the keeper of the rows for a reply that this process does not know; messages wait meanwhile."""
-        rows = self._desk.rows
-        shelf = await rows.load(session_id)
+        """Ask the keeper of the rows for a reply that this process does not know; messages wait meanwhile.
+
+        If this session ends before the answer comes, the page will ask for the reply by this session's token.
+        """
+        if (earlier := self._desk.settling.get(session_id)) is not None:
+            await asyncio.wait([earlier])
+        past = self._desk.past.get(session_id) or self._revive(session_id, await self._desk.rows.load(session_id))
         self._settling = None
-        if shelf is not None and (reply := shelf.row.reply) is not None:
-            row = msgspec.structs.replace(shelf.row, reply=None)
-            past = _Past(self._desk, row, [_Answer(self._desk, each) for each in (*shelf.others, reply)])
-            if reply.status != "streaming":
-                past.save()
-            elif rows.shared is not None:
-                past.answer.start(past.answer.follow(rows.shared.follow(session_id)))
-            else:
-                past.answer.status = "interrupted"  # its process is gone, and with it who would have ended it
+        if past is not None and not self.is_over:
             self._adopt(past)
+        elif past is not None and self.row.end_reason in _CARRIED:
+            _Past(self._desk, self.row, past.answers, past).save()
+        self._watch_idle()
         self._proceed()
+
+    def _revive(self, session_id: str, shelf: _Shelf | None) -> _Past | None:
+        """Make of a row what its own process had, and go on listening where another one still writes the reply."""
+        if shelf is None or shelf.row.reply is None:
+            return None
+        replies = [_Answer(self._desk, each) for each in (*shelf.others, shelf.row.reply)]
+        past = _Past(self._desk, msgspec.structs.replace(shelf.row, reply=None), replies)
+        if past.answer.status == "streaming" and (shared := self._desk.rows.shared) is not None:
+            past.answer.start(past.answer.follow(shared.follow(session_id)))
+            return past
+        if past.answer.status == "streaming":
+            past.answer.status = "interrupted"  # its process is gone, and with it who would have ended it
+        past.save()
+        return past
 
     def _adopt(self, past: _Past) -> None:
         """Send the last reply that *past* has kept, and go on with it if it is still being written."""
@@ -1385,6 +1417,8 @@ class _Conversation:
             self._answer = last
             last.owner = self
         last.attach(self._line)
+        if last.status != "streaming":
+            self._mark = self._line.posted
         for message_id in [each for each in self._waiting if self._find_carried(each)]:
             self._recognise(self._recent[message_id], self._waiting.pop(message_id))
 
@@ -1414,27 +1448,32 @@ class _Conversation:
     # Idling.
 
     def _rest(self) -> None:
-        """Start the idle time anew; the timer that runs already finds out when it rings."""
+        """Start the idle time anew; a timer that runs already finds out when it rings."""
         self._quiet = _now()
+        if self._warned and self._idle is not None:
+            self._idle.cancel()  # it waits for the end, and the next warning may come before that
+            self._idle = None
         self._warned = False
+        self._watch_idle()
+
+    def _watch_idle(self) -> None:
         if self._idle is None and not self.is_over:
             self._look_idle()
 
     def _look_idle(self) -> None:
-        """Warn or end a session in which nothing is said; a running reply starts the time anew when it ends."""
-        config, idle = self._desk.config, _now() - self._quiet
-        warn_at = config.idle_timeout - config.idle_warning
+        """Warn or end a session in which nothing is said; what is said meanwhile starts the watch again."""
+        config, now = self._desk.config, _now()
+        warn_at, end_at = self._quiet + (config.idle_timeout - config.idle_warning), self._quiet + config.idle_timeout
         self._idle = None
-        if self._running is not None:
+        if self._running is not None or self._waiting or self._settling is not None:
             return
-        if idle >= config.idle_timeout:
+        if now >= end_at:
             self.end("idle")
             return
-        if idle >= warn_at and not self._warned and config.idle_warning:
+        if now >= warn_at and not self._warned:
             self._warned = True
-            self._line.post("session-idle", closesIn=round(config.idle_timeout - idle, 3))
-        due = config.idle_timeout if idle >= warn_at else warn_at
-        self._idle = asyncio.get_running_loop().call_at(self._quiet + due, self._look_idle)
+            self._line.post("session-idle", closesIn=round(end_at - now, 3))
+        self._idle = asyncio.get_running_loop().call_at(end_at if self._warned else warn_at, self._look_idle)
 
 
 def _utc() -> datetime:
@@ -1460,6 +1499,7 @@ class _Desk:
         self.addresses: Counter[str] = Counter()
         self.past: dict[str, _Past] = {}
         self.answers: dict[_Answer, asyncio.Task[None]] = {}
+        self.settling: dict[str, asyncio.Task[None]] = {}
         self.is_draining = False
         self._box: asyncio.Task[None] | None = None
 
@@ -1502,6 +1542,11 @@ class _Desk:
             if not self.addresses[conversation.address]:
                 del self.addresses[conversation.address]
 
+    def settle(self, session_id: str, task: asyncio.Task[None]) -> None:
+        """Keep the task that finds out what an earlier session owes a visitor."""
+        self.settling[session_id] = task
+        task.add_done_callback(lambda _: self.settling.pop(session_id))
+
     def renounce(self, session_id: str) -> None:
         """End a session that another worker has opened first, and leave its row alone."""
         if (conversation := self.sessions.get(session_id)) is not None:
@@ -1537,7 +1582,9 @@ class _Desk:
         if self._box is not None:
             self._box.cancel()
             self._box = None
-        await self.rows.drain(self.config.shutdown_grace)
+        if self.settling:
+            await asyncio.wait(self.settling.values(), timeout=_LOAD_TIMEOUT)
+        await self.rows.drain(max(self.config.shutdown_grace, _SAVE_GRACE))
 
 
 def _name(function: Any) -> str:
@@ -1630,7 +1677,19 @@ class _Line:
 
     __slots__ = (
         *("_code", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_lock", "_max_bytes", "_office"),
-        *("_outbox", "_pulse", "_queued", "_reply", "_sender", "_socket", "_words", "conversation", "sent_at"),
+        *(
+            "_outbox",
+            "_pulse",
+            "_queued",
+            "_reply",
+            "_sender",
+            "_socket",
+            "_words",
+            "conversation",
+            "posted",
+            "sent",
+            "sent_at",
+        ),
     )
 
     conversation: _Conversation
@@ -1652,14 +1711,10 @@ class _Line:
         self._left: int | None = None
         self._heard = self._due = _now()
         self.sent_at = 0.0
+        self.posted = self.sent = 0
         self._pulse = asyncio.get_running_loop().call_later(self._interval, self._beat)
 
     # Outgoing.
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether all that was posted has been handed to the server."""
-        return not (self._outbox or self._words or self._lock.locked() or self._is_cut)
 
     @property
     def silence(self) -> float:
@@ -1670,11 +1725,11 @@ class _Line:
         """Send one frame, in the loop's next turn."""
         if self._code is None and not self._is_cut:
             self._seal()
-            self._outbox.append(_encode({"type": type_, **content}).decode())
+            self._put({"type": type_, **content})
             if self._queued != "soon":
                 self._queued = "soon"
                 self._office.soon(self)
-            if len(self._outbox) > _OUTBOX_LIMIT:
+            if len(self._outbox) > _OUTBOX_LIMIT and self._lock.locked():
                 self.lose()
 
     def words(self, reply_id: str, text: str) -> None:
@@ -1688,9 +1743,13 @@ class _Line:
 
     def _seal(self) -> None:
         if self._words:
-            delta = {"type": "text-delta", "id": self._reply, "delta": "".join(self._words)}
+            delta = "".join(self._words)
             self._words.clear()
-            self._outbox.append(_encode(delta).decode())
+            self._put({"type": "text-delta", "id": self._reply, "delta": delta})
+
+    def _put(self, frame: dict[str, object]) -> None:
+        self.posted += 1
+        self._outbox.append(_encode(frame).decode())
 
     async def flush(self) -> None:
         """Send all there is; while one send waits for the visitor, what comes piles up and then travels together."""
@@ -1715,6 +1774,7 @@ class _Line:
             self.sent_at = _now()
             self._office.began(self)
             await self._socket.send({"type": "websocket.send", "text": text, "bytes": None})
+            self.sent += 1
 
     def _cut(self) -> None:
         """Send no more: the visitor has left, and the reader is about to hear how."""
