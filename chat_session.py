@@ -73,6 +73,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import hashlib
 import hmac
 import inspect
@@ -156,6 +157,7 @@ _SUBPROTOCOL = "chat-session.v1"
 _TOKEN_PREFIX = "token."  # noqa: S105 - a subprotocol's
 _ENV_SECRET = "CHAT_SESSION_SECRET"  # noqa: S105 - where it is, not what
 _MIN_SECRET = 32  # bytes, the size of the MAC: RFC 2104 section 3 discourages shorter keys
+_MAX_VISITOR = 1024  # bytes of a signed-in visitor's id, which is part of the token
 _MAX_TOKEN = 2048  # characters; ours have about 150, and what is longer is not worth a hash
 _WORD_WAIT = 0.016  # seconds that a word may wait for company: one refresh of a 60 Hz screen
 _PONG_GRACE = 10.0  # seconds beyond the ping interval, Centrifugo's margin
@@ -475,9 +477,13 @@ class ChatSessionConfig:
         for each in fields(self):
             is_right, rule = _RULES.get(each.name) or _RULES[str(each.type)]
             self._require(is_right(getattr(self, each.name)), each.name, rule)
-        self._require(
-            self.idle_warning <= self.idle_timeout, "idle_warning", f"at most idle_timeout, {self.idle_timeout!r}"
-        )
+        is_fitting = self.idle_warning <= self.idle_timeout or self.idle_warning == type(self).idle_warning
+        self._require(is_fitting, "idle_warning", f"at most idle_timeout, {self.idle_timeout!r}")
+
+    @property
+    def warning(self) -> float:
+        """Seconds of warning: who sets a short ``idle_timeout`` alone gets a fifth of it, as the defaults have it."""
+        return self.idle_warning if self.idle_warning <= self.idle_timeout else self.idle_timeout / 5
 
     def _require(self, is_right: bool, name: str, rule: str) -> None:  # noqa: FBT001 - it is the condition
         if not is_right:
@@ -588,7 +594,7 @@ def _header(connection: _Connection, name: str) -> str | None:
 
 
 def _without_port(host: str, scheme: str) -> str:
-    """Drop the port that *scheme* implies; browsers leave it out of an origin, and some proxies put it into ``Host``."""
+    """Drop the port that *scheme* implies: browsers leave it out of an origin, some proxies put it into ``Host``."""
     return host.removesuffix({"https": ":443", "http": ":80"}.get(scheme, "\0"))
 
 
@@ -1206,9 +1212,10 @@ class _Conversation:
         self._rest()
         if message_id in self._taken:
             return
-        if (carried := self._find_carried(message_id)) is not None:
+        carried, code = self._find_carried(message_id), self._find_fault(text)
+        if carried is not None and code in (None, "too-many"):
             self._recognise(carried, text)
-        elif (code := self._find_fault(text)) is not None:
+        elif code is not None:
             self.reject(message_id, code)
         elif wait := self._rate.wait(_now()):
             self.reject(message_id, "rate-limited", wait)
@@ -1222,7 +1229,7 @@ class _Conversation:
         if message_id is not None and self._waiting.pop(message_id, None) is not None:
             self._taken.discard(message_id)
             self.reject(message_id, "cancelled")
-            self._watch_idle()
+            self._rest()
         elif (running := self._running) is not None and message_id in (None, running.in_reply_to):
             running.halt("stopped")
 
@@ -1388,7 +1395,7 @@ class _Conversation:
             self._adopt(past)
         elif past is not None and self.row.end_reason in _CARRIED:
             _Past(self._desk, self.row, past.answers, past).save()
-        self._watch_idle()
+        self._rest()
         self._proceed()
 
     def _revive(self, session_id: str, shelf: _Shelf | None) -> _Past | None:
@@ -1454,16 +1461,13 @@ class _Conversation:
             self._idle.cancel()  # it waits for the end, and the next warning may come before that
             self._idle = None
         self._warned = False
-        self._watch_idle()
-
-    def _watch_idle(self) -> None:
         if self._idle is None and not self.is_over:
             self._look_idle()
 
     def _look_idle(self) -> None:
         """Warn or end a session in which nothing is said; what is said meanwhile starts the watch again."""
         config, now = self._desk.config, _now()
-        warn_at, end_at = self._quiet + (config.idle_timeout - config.idle_warning), self._quiet + config.idle_timeout
+        warn_at, end_at = self._quiet + (config.idle_timeout - config.warning), self._quiet + config.idle_timeout
         self._idle = None
         if self._running is not None or self._waiting or self._settling is not None:
             return
@@ -1576,9 +1580,7 @@ class _Desk:
         if self.answers:
             await asyncio.wait(self.answers.values(), timeout=self.config.shutdown_grace)
         for answer in list(self.answers):
-            answer.halt("interrupted")
-        for conversation in list(self.sessions.values()):
-            conversation.end("restart")
+            answer.halt("interrupted")  # which ends its session too
         if self._box is not None:
             self._box.cancel()
             self._box = None
@@ -1662,8 +1664,8 @@ class _Office:
         self._sending.discard(line)
 
     def _watch(self) -> None:
-        oldest = _now() - self._send_timeout
-        for line in [line for line in self._sending if line.sent_at <= oldest]:
+        now = _now()
+        for line in [line for line in self._sending if line.sent_at + self._send_timeout <= now]:
             self._sending.discard(line)
             line.lose()
         self._is_watching = bool(self._sending)
@@ -1936,8 +1938,7 @@ class ChatSessionPlugin(InitPlugin):
         app_config.route_handlers.extend((token, socket))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
-        lifespan: list[Any] = app_config.lifespan  # pyright: ignore[reportUnknownMemberType] - Litestar's own type
-        lifespan.append(self._lifespan)
+        cast("Any", app_config).lifespan.append(self._lifespan)
         return app_config
 
     def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
@@ -1973,9 +1974,10 @@ class ChatSessionPlugin(InitPlugin):
         try:
             self._make_way(request, previous.session if previous else "")
             visitor = await self._find_visitor(request)
-        except HTTPException as refusal:
-            refusal.headers = {**(refusal.headers or {}), **headers, "Cache-Control": "no-store"}
-            raise
+        except HTTPException as error:
+            refusal = copy.copy(error)  # the host may raise one object again and again
+            refusal.headers = {**(error.headers or {}), **headers, "Cache-Control": "no-store"}
+            raise refusal from None
         if previous and (previous.origin != _digest(origin) or previous.visitor not in (None, visitor)):
             previous = None
         session = previous.session if previous else ""
@@ -1998,7 +2000,11 @@ class ChatSessionPlugin(InitPlugin):
             return None
         visitor: Any = self._config.visitor(request)
         visitor = await visitor if inspect.isawaitable(visitor) else visitor
-        return None if visitor is None else str(visitor)
+        name = None if visitor is None else str(visitor)
+        if name is not None and len(name.encode("utf-8", "replace")) > _MAX_VISITOR:
+            _log.error("visitor() returned an id of more than %d bytes, which does not fit into a token", _MAX_VISITOR)
+            raise HTTPException(status_code=500)
+        return name
 
     def _make_way(self, request: Request[Any, Any, Any], previous: str) -> None:
         """Turn a visitor away politely where there is no room, or where they ask too often.
