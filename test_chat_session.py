@@ -6851,6 +6851,7 @@ def test_two_hundred_cuts_in_a_row_lose_and_double_nothing(real_server: Server, 
     check_whole_and_once(asyncio.run(scenario()), real_server.count()["started"])
     wait_until(lambda: not real_server.count()["running"], "every answerer has ended")
     check_log(real_server)
+    assert "v1." not in real_server.log(), "a token shows in the log"
 
 
 def test_a_visitor_whose_link_dies_silently_comes_back_and_takes_the_reply_over(real_server: Server) -> None:
@@ -8492,3 +8493,149 @@ def test_motion_and_forced_colours_follow_the_visitor(browser: Browser, server: 
     box = page.locator("[part~=panel]").evaluate("node => getComputedStyle(node).borderTopWidth")
     assert box == "1px"
     context.close()
+
+
+# ---- The demo, the README and a long life ----------------------------------------------------------------------------
+
+
+def bench_of(app: Litestar) -> Bench:
+    """A bench around an app that is made already."""
+    it = Bench.__new__(Bench)
+    it.app, it.plugin = app, app.plugins.get(ChatSessionPlugin)
+    it.client = httpx.AsyncClient(transport=httpx.ASGITransport(cast("Any", app)), base_url="http://test")
+    it.tokens, it.visitors = {}, []
+    return it
+
+
+def blocks_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks_of_the_readme())))
+def test_each_python_block_of_the_readme_is_an_app_that_chats(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(f"readme_{number}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(blocks_of_the_readme()[number], module.__name__, "exec"), module.__dict__)
+
+    async def scenario() -> str:
+        it = bench_of(module.app)
+        async with it.app.lifespan(), it.client:
+            visitor = await it.visit()
+            told = await visitor.ask("hello there")
+            assert told.end == {"type": "finish"}
+            visitor.send("end")
+            await visitor.ended()
+            return told.text
+
+    assert asyncio.run(scenario())
+
+
+def test_each_row_of_the_readmes_table_of_faults_names_a_test_that_exists() -> None:
+    rows = re.findall(r"^\|.*\| `(\w+)` \|$", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    assert [name for name in rows if not callable(globals().get(f"test_{name}"))] == []
+
+
+def test_the_runnable_example_of_the_module_runs() -> None:
+    (example,) = re.findall(r"::\n\n(.*?)\n\nand in the page", chat_session.__doc__ or "", re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(re.sub("^    ", "", example, flags=re.MULTILINE), names)
+    assert isinstance(names["app"], Litestar)
+
+
+@virtual
+async def test_the_demo_knows_what_it_is_from_its_scratchpad_and_honestly_does_not_when_that_is_gone() -> None:
+    it = bench_of(chat_session._demo())
+    async with it.app.lifespan(), it.client:
+        visitor = await it.visit()
+        told = await visitor.ask("do you ship to Canada?")
+        assert "Canada" in told.text
+        assert told.sources[0]["title"] == "Our shipping"
+        assert "five to eight working days" in (await visitor.ask("how long does it take?")).text
+        await asyncio.sleep(chat_session.ChatSessionConfig().scratchpad_ttl + 1)
+        assert "I am not sure what you mean" in (await visitor.ask("how long does it take?")).text
+        visitor.send("end")
+        await visitor.ended()
+
+
+@virtual
+async def test_the_demos_shop_page_loads_the_widget() -> None:
+    it = bench_of(chat_session._demo())
+    async with it.client:
+        page = await it.client.get("/")
+        assert '<script src="/chat/widget.js"' in page.text
+        assert (await it.client.get("/chat/widget.js")).status_code == 200
+
+
+@pytest.fixture
+def demo() -> Iterator[str]:
+    """The demo as the README has it run: a process, on its own port."""
+    try:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 8000))):
+            pass
+    except OSError:
+        missing("a free port 8000")
+    process = subprocess.Popen([sys.executable, str(HERE / "chat_session.py")], cwd=HERE, stdout=subprocess.DEVNULL)
+    url = "http://127.0.0.1:8000"
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url).status_code == 200
+        return False
+
+    try:
+        wait_until(answers, "the demo answers")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_the_demo_answers_the_canada_pair_in_a_real_browser(demo: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(demo)
+    page.get_by_role("button", name="Open chat").click()
+    page.locator("[part~=reply]", has_text="How can I help?").wait_for()
+    for question, answer in (
+        ("do you ship to Canada?", "we ship to Canada"),
+        ("how long does it take?", "five to eight working days"),
+    ):
+        page.locator("[part~=input]").fill(question)
+        page.keyboard.press("Enter")
+        expect(page.locator("[part~=reply]").last).to_contain_text(answer, timeout=PATIENCE * 1000)
+        expect(page.locator("[part~=sources]").last).to_contain_text("Our shipping", timeout=PATIENCE * 1000)
+    assert page.locator("[part~=reply] strong", has_text="Canada").count() == 1
+    page.close()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_thousands_of_visits_leave_a_server_as_it_was(tmp_path: Path) -> None:
+    visits = int(os.environ.get("SOAK_VISITS", "3000"))
+
+    def memory(server: Server) -> int:
+        rollup = Path(f"/proc/{server.count()['process']}/smaps_rollup").read_text()
+        return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
+
+    async def crowd(server: Server, count: int, wave: str) -> None:
+        async def one(number: int) -> None:
+            async with Talk(server.port) as talk:
+                await talk.say(ask_for(f"{wave}-{number}", 5, 0))
+                await talk.until_answered()
+
+        for first in range(0, count, 20):
+            await asyncio.gather(*(one(number) for number in range(first, first + 20)))
+
+    with Server("uvicorn", tmp_path, "reply_ttl=0.5") as server:
+        asyncio.run(crowd(server, visits // 3, "warm"))
+        wait_until(lambda: server.count()["tasks"] < 10, "the tasks have ended")
+        before, tasks = memory(server), server.count()["tasks"]
+        asyncio.run(crowd(server, visits, "soak"))
+        wait_until(lambda: server.count()["tasks"] <= tasks, "the tasks have ended")
+        after = memory(server)
+        assert after < before * 1.1 + 2048, f"{before} kB before {visits} visits, {after} kB after"
+        check_log(server)
