@@ -171,6 +171,7 @@ _PATIENCE = 4.0  # seconds after which another worker that shows no sign of life
 _GLANCE = 0.25  # seconds between two looks at another worker's row
 _SILENCE = 2.0  # seconds without a frame after which a visitor may have come back on another worker
 _BEAT = 1.0  # seconds between two signs of life, of which each is one call to a store
+_STORE_CALLS = 32  # calls to a store at once; redis-py refuses the 101st, and a crowd may leave at one moment
 _OPEN_ROW_TTL = 86_400  # seconds that a store keeps the row of an open session
 _RETRY_AFTER = 10  # seconds that a visitor whom we have no room for is asked to wait
 _INVALID_LIMIT = 3  # invalid frames of one session; a program sends them, not a person
@@ -705,20 +706,39 @@ class _StoreRows:
         self._store = store
         self._reply_ttl = max(1, math.ceil(reply_ttl))
         self._beat = 0
+        self._gate = asyncio.Semaphore(_STORE_CALLS)
         self.worker = secrets.token_urlsafe(8)
 
+    async def _get(self, key: str) -> bytes | None:
+        async with self._gate:
+            return await self._store.get(key)
+
+    async def _set(self, key: str, value: bytes, lifetime: int) -> None:
+        async with self._gate:
+            await self._store.set(key, value, expires_in=lifetime)
+
     async def save(self, row: SessionRow, others: list[Reply]) -> None:
-        """Write *row*; the first time, see to it that no other worker has opened the session."""
+        """Write *row*, in two tries: at shutdown, Litestar closes a store's connections under a save, once."""
+        try:
+            await self._write(row, others)
+        except _TokenUsedError:
+            raise
+        except Exception:  # noqa: BLE001 - each kind of store fails in its own way
+            await asyncio.sleep(_GLANCE)
+            await self._write(row, others)
+
+    async def _write(self, row: SessionRow, others: list[Reply]) -> None:
+        """See to it, the first time, that no other worker has opened the session."""
         if row.ended_at is None and (await self.look(row.id) or self).worker != self.worker:
             raise _TokenUsedError
         self._beat += 1
         shelf = _Shelf(row, others, self.worker, self._beat)
         lifetime = _OPEN_ROW_TTL if row.ended_at is None else self._reply_ttl
-        await self._store.set(f"chat_session.{row.id}", _encode(shelf), expires_in=lifetime)
+        await self._set(f"chat_session.{row.id}", _encode(shelf), lifetime)
 
     async def look(self, session_id: str) -> _Shelf | None:
         """Read what is there; garbage or another version's bytes are as good as nothing."""
-        data = await self._store.get(f"chat_session.{session_id}")
+        data = await self._get(f"chat_session.{session_id}")
         try:
             return None if data is None else msgspec.json.decode(data, type=_Shelf)
         except (msgspec.MsgspecError, ValueError):
@@ -731,9 +751,9 @@ class _StoreRows:
         shelf = await self.look(session_id)
         while shelf is not None and shelf.row.ended_at is None and shelf.worker != self.worker and _now() < give_up:
             box = f"chat_session.box.{shelf.worker}"
-            notes = await self._store.get(box) or b""
+            notes = await self._get(box) or b""
             if session_id.encode() not in notes:
-                await self._store.set(box, notes + session_id.encode() + b" ", expires_in=_OPEN_ROW_TTL)
+                await self._set(box, notes + session_id.encode() + b" ", _OPEN_ROW_TTL)
             await asyncio.sleep(_GLANCE)
             shelf = await self.look(session_id)
         return shelf if shelf is not None and shelf.row.ended_at is not None else None
@@ -741,9 +761,10 @@ class _StoreRows:
     async def take_notes(self) -> list[str]:
         """Empty this worker's box: the sessions that have come back elsewhere."""
         box = f"chat_session.box.{self.worker}"
-        notes = await self._store.get(box)
+        notes = await self._get(box)
         if notes is not None:
-            await self._store.delete(box)
+            async with self._gate:
+                await self._store.delete(box)
         return (notes or b"").decode().split()
 
     async def follow(self, session_id: str) -> AsyncGenerator[Reply]:
@@ -803,7 +824,7 @@ class _Rows:
         while queue:
             row, others = queue.popleft()
             save = cast("_SaveRow", self._save) if self.shared is None else partial(self.shared.save, others=others)
-            await self._guard(partial(save, row), session_id, _SAVE_TIMEOUT)
+            await self._guard(partial(save, row), session_id, _SAVE_TIMEOUT, is_save=True)
         del self._queues[session_id]
 
     def is_saving(self, session_id: str) -> bool:
@@ -825,8 +846,10 @@ class _Rows:
         """Return the sessions that have come back on another worker."""
         return [] if self.shared is None else await self._guard(self.shared.take_notes, "", _LOAD_TIMEOUT) or []
 
-    async def _guard(self, call: Callable[[], Awaitable[Any]], session_id: str, limit: float) -> Any:
-        """Await the keeper; of failures in a row the log tells the first, and the end of them."""
+    async def _guard(
+        self, call: Callable[[], Awaitable[Any]], session_id: str, limit: float, *, is_save: bool = False
+    ) -> Any:
+        """Await the keeper; the log tells the first of its failures, and the first row that is saved after them."""
         try:
             async with asyncio.timeout(limit):
                 value = await call()
@@ -840,7 +863,7 @@ class _Rows:
                 _log.error("rows fail, the first is that of session %s: %s", session_id, _tell(error))
             self._is_failing = True
             return None
-        if self._is_failing:
+        if self._is_failing and is_save:  # a store that is full can still be read
             self._is_failing = False
             _log.warning("rows are saved again")
         return value
@@ -1162,7 +1185,7 @@ class _Conversation:
 
     __slots__ = (
         *("_answer", "_desk", "_idle", "_invalid", "_last", "_line", "_mark", "_past", "_quiet", "_rate", "_recent"),
-        *("_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
+        *("_is_renounced", "_settling", "_taken", "_talk", "_waiting", "_warned", "address", "is_over", "row"),
     )
 
     def __init__(self, desk: _Desk, token: _Token, address: str | None, line: _Line) -> None:
@@ -1181,6 +1204,7 @@ class _Conversation:
         self._past: _Past | None = None
         self._mark: int | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._is_renounced = False
         self._idle: asyncio.TimerHandle | None = None
         self._invalid = 0
         self._warned = False
@@ -1283,15 +1307,15 @@ class _Conversation:
         """Hang up on a token that has opened a session on another worker, whose row it is."""
         self._line.hang_up(_Close.TOKEN)
         if not self.is_over:
-            self._last = None
-            self._finish("dropped", is_ours=False)
+            self._last, self._is_renounced = None, True
+            self._finish("dropped")
 
     def drain(self) -> None:
         """End for a restart, now or as soon as the running reply has ended."""
         if self._running is None:
             self.end("restart")
 
-    def _finish(self, reason: _EndReason, *, is_ours: bool = True) -> None:
+    def _finish(self, reason: _EndReason) -> None:
         self.is_over = True
         self._desk.forget(self)
         self._waiting.clear()
@@ -1304,7 +1328,7 @@ class _Conversation:
         if reason in _CARRIED and self._last is not None:
             others = [answer for answer in self._recent.values() if answer is not self._last]
             _Past(self._desk, self.row, [*others, self._last], self._past).save()
-        elif is_ours:
+        elif not self._is_renounced and not (reason in _CARRIED and self._settling is not None):  # else ``_fetch`` does
             self._desk.rows.put(self.row)
         _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
 
@@ -1393,8 +1417,11 @@ class _Conversation:
         self._settling = None
         if past is not None and not self.is_over:
             self._adopt(past)
-        elif past is not None and self.row.end_reason in _CARRIED:
-            _Past(self._desk, self.row, past.answers, past).save()
+        elif self.row.end_reason in _CARRIED and not self._is_renounced:
+            if past is not None:
+                _Past(self._desk, self.row, past.answers, past).save()
+            else:
+                self._desk.rows.put(self.row)
         self._rest()
         self._proceed()
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import hmac
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -6948,6 +6949,767 @@ def test_hundreds_of_idle_visitors_do_not_hold_up_a_deploy(kind: Kind, tmp_path:
     outlive_panic(kind, tmp_path, scenario, "shutdown_grace=28.0")
 
 
+README = Path(__file__).with_name("README.md")
+
+# ---- Two workers behind a balancer -----------------------------------------------------------------------------------
+
+StoreKind = Literal["files", "redis"]
+
+#: As the other test app, with rows in a store that two workers share; what they do is written where both write.
+SHARED_APP = """
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from granian.utils.proxies import wrap_asgi_with_proxy_headers
+from litestar import Litestar, Request, get
+from litestar.stores.file import FileStore
+from litestar.stores.redis import RedisStore
+
+from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin
+
+running: list[str] = []
+SHARED = Path(os.environ["SHARED"])
+WORKER = os.environ["WORKER"]
+
+
+def note(file: str, line: str) -> None:
+    with (SHARED / file).open("a") as notes:
+        notes.write(f"{WORKER} {line}\\n")
+
+
+def greet(connection: Any) -> str:
+    note("greeted", "a visitor")
+    return WORKER
+
+
+async def answer(chat: Chat) -> AsyncIterator[str]:
+    name, count, pause = chat.message.split()
+    note("started", chat.message)
+    running.append(chat.message)
+    try:
+        for number in range(int(count)):
+            await asyncio.sleep(float(pause))
+            yield f"{name}.{number * number} "
+    finally:
+        running.remove(chat.message)
+
+
+@get("/count", sync_to_thread=False)
+def count(request: Request[Any, Any, Any]) -> dict[str, object]:
+    return {"running": running, "process": os.getpid(), "client": request.client.host if request.client else ""}
+
+
+url = os.environ["REDIS_URL"]
+rows = RedisStore.with_client(url) if url else FileStore(SHARED / "rows")
+config = ChatSessionConfig(
+    secret="a key that only these tests know", greeting=greet, rows=rows, messages_per_minute=1_000_000, OPTIONS
+)
+site = Litestar([count], plugins=[ChatSessionPlugin(answer, config)])
+app = wrap_asgi_with_proxy_headers(site, trusted_hosts="127.0.0.1") if os.environ["KIND"] == "granian" else site
+"""
+
+
+def find_program(name: str) -> str:
+    """Find a program of Debian's, some of which are where only root looks."""
+    program = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if program is None:
+        missing(name)
+    return str(program)
+
+
+@dataclass
+class RedisServer:
+    """A real Redis, without persistence."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start, empty."""
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        program = find_program("redis-server")
+        with (self.folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen([program, *options], cwd=self.folder, stdout=log, stderr=log)
+        wait_until(lambda: self.tell("PING") == "PONG", "redis answers")
+
+    def stop(self) -> None:
+        """Stop, and forget everything."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def tell(self, *command: str) -> str:
+        """Give Redis a command, and return what it says."""
+        program = find_program("redis-cli")
+        done = subprocess.run(
+            [program, "-p", str(self.port), *command], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+        return done.stdout.strip()
+
+
+@dataclass
+class Worker(Server):
+    """One of several servers of one app, which can be started again on its port."""
+
+    name: str = "one"
+    shared: Path = field(default_factory=Path)
+    redis_url: str = ""
+
+    def __enter__(self) -> Self:
+        """Start, and wait until it answers."""
+        self.launch()
+        self.wait_for_it()
+        return self
+
+    def launch(self) -> None:
+        """Start, and do not wait."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "app.py").write_text(SHARED_APP.replace("OPTIONS", self.options))
+        names = {"WORKER": self.name, "SHARED": str(self.shared), "REDIS_URL": self.redis_url, "KIND": self.kind}
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, **names, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+        command = _command(self.kind, self.port)
+        command[-1:-1] = ["--timeout-graceful-shutdown", "60"] if self.kind == "uvicorn" else []
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def wait_for_it(self) -> None:
+        """Wait until it answers, and leave nothing behind if it does not."""
+        try:
+            wait_until(self._answers, f"{self.kind} answers")
+        except BaseException:
+            self._kill()
+            raise
+
+    def kill(self) -> None:
+        """Have it die at once, as by a fault of the machine: its own worker process, if it has one, too."""
+        process = self.count()["process"]
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+@dataclass
+class Fleet:
+    """Two workers that share a secret and a store, and a balancer in front of them."""
+
+    kind: Kind
+    shared: Path
+    one: Worker
+    two: Worker
+    port: int  # the balancer's
+
+    @property
+    def workers(self) -> tuple[Worker, Worker]:
+        return self.one, self.two
+
+    def named(self, name: str) -> Worker:
+        return self.one if name == self.one.name else self.two
+
+    def notes(self, file: str) -> list[tuple[str, str]]:
+        """Read what the workers wrote down: which of them, and what."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.shared / file).read_text().splitlines()
+            return [cast("tuple[str, str]", tuple(line.split(" ", 1))) for line in lines]
+        return []
+
+    def started(self) -> Counter[str]:
+        """Tell how many answerers were started for each message."""
+        return Counter(message for _, message in self.notes("started"))
+
+    def skip_one(self) -> None:
+        """Use up one turn of the balancer, so that the next request goes to the other worker."""
+        httpx.get(f"http://127.0.0.1:{self.port}/count").raise_for_status()
+
+    def log(self) -> str:
+        """Read what both workers have printed."""
+        return "".join(worker.log() for worker in self.workers)
+
+
+@dataclass
+class Traveller(Talk):
+    """A visitor who notes which worker each session was on: the greeting says so."""
+
+    places: list[str] = field(default_factory=list)
+
+    async def _begin(self, frame: dict[str, Any]) -> None:
+        self.places.append(frame["greeting"])
+        await super()._begin(frame)
+
+    @property
+    def moves(self) -> int:
+        """How often the visitor came back to another worker than before."""
+        return sum(old != new for old, new in itertools.pairwise(self.places))
+
+
+def nginx_of_the_readme() -> str:
+    """Find the configuration that the README shows."""
+    (block,) = re.findall(r"```nginx\n(.*?)```", README.read_text(), re.DOTALL)
+    return str(block)
+
+
+@contextlib.contextmanager
+def balance(folder: Path, ports: tuple[int, int]) -> Iterator[int]:
+    """Run nginx as the README has it, in front of two other ports, and give its own."""
+    program, port, folder = find_program("nginx"), free_port(), folder.absolute()
+    site = nginx_of_the_readme()
+    for old, new in (("listen 80;", port), ("127.0.0.1:8001", ports[0]), ("127.0.0.1:8002", ports[1])):
+        assert site.count(old) == 1
+        site = site.replace(old, f"listen 127.0.0.1:{new};" if "listen" in old else f"127.0.0.1:{new}")
+    temporary = "".join(f"{each}_temp_path {folder}/{each};" for each in ("proxy", "fastcgi", "uwsgi", "scgi"))
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/nginx.log warn;\n"
+        f"events {{ worker_connections 512; }}\n"
+        f"http {{ access_log {folder}/access.log; client_body_temp_path {folder}/body; {temporary}\n{site}}}\n"
+    )
+    arguments = [program, "-p", str(folder), "-e", str(folder / "nginx.log"), "-c", str(folder / "nginx.conf")]
+    with (folder / "nginx.out").open("wb") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            pytest.fail("nginx did not start:\n" + (folder / "nginx.out").read_text())
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/count").status_code == 200
+        return False
+
+    try:
+        wait_until(answers, "nginx answers")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def fleet_of(kind: Kind, folder: Path, redis_url: str = "", options: str = "") -> Iterator[Fleet]:
+    """Run two workers and a balancer."""
+    shared = folder / "shared"
+    shared.mkdir(parents=True)
+    one, two = (
+        Worker(kind, folder / name, options, name=name, shared=shared, redis_url=redis_url) for name in ("one", "two")
+    )
+    with contextlib.ExitStack() as stack:
+        for worker in (one, two):
+            worker.launch()
+            stack.callback(worker._kill)
+        for worker in (one, two):
+            worker.wait_for_it()
+        port = stack.enter_context(balance(folder, (one.port, two.port)))
+        yield Fleet(kind, shared, one, two, port)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Run a Redis for the tests that leave it in peace."""
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    redis.start()
+    yield redis
+    redis.stop()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Run a Redis for one test, which may do anything to it."""
+    redis = RedisServer(tmp_path)
+    redis.start()
+    yield redis
+    redis.stop()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("uvicorn", "files"), ("uvicorn", "redis"), ("granian", "files"), ("granian", "redis")],
+    ids="-".join,
+)
+def fleet(
+    request: pytest.FixtureRequest, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    """Run two workers of each kind of server, with each kind of store."""
+    kind, keeper = request.param
+    with fleet_of(kind, tmp_path_factory.mktemp("fleet"), redis_server.url if keeper == "redis" else "") as fleet:
+        yield fleet
+
+
+async def fetch_token_from(port: int, previous: str | None = None) -> str:
+    """Fetch a token without a visitor around it."""
+    fields = {} if previous is None else {"previous": previous}
+    async with httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.post(f"http://127.0.0.1:{port}/chat/token", data=fields, timeout=PATIENCE)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["token"])
+
+
+def dial_socket(port: int, token: str) -> connect:
+    """Open a socket with *token*, be it a used one."""
+    protocols = [Subprotocol("chat-session.v1"), Subprotocol(f"token.{token}")]
+    options: dict[str, Any] = {"compression": None, "ping_interval": None, "proxy": None, "close_timeout": 0.1}
+    return connect(f"ws://127.0.0.1:{port}/chat/socket", subprotocols=protocols, **options)
+
+
+async def frame_from(socket: ClientConnection, kind: str) -> dict[str, Any]:
+    """Read frames up to one of *kind*."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            frame: dict[str, Any] = json.loads(await socket.recv())
+            if frame["type"] == kind:
+                return frame
+
+
+def check_whole(talk: Talk) -> None:
+    """Check that each message has its exact reply, however often it was asked."""
+    for message, text in talk.asked.items():
+        assert talk.shown[message].outcome == "finish", (text, talk.shown[message])
+        assert talk.shown[message].text == whole_reply(text)
+    assert not talk.rejected
+
+
+# ---- Machines: drops that come back elsewhere ------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(90)
+def test_a_hundred_cuts_between_two_workers_lose_and_double_nothing(fleet: Fleet) -> None:
+    chance = random.Random(f"cuts on two of {fleet.kind}")
+
+    async def visit(proxy: Proxy, name: str) -> Traveller:
+        async with Traveller(proxy.port) as talk:
+            while proxy.cuts.total() < 100:
+                await talk.say(
+                    ask_for(f"{name}-{len(talk.asked)}", chance.randrange(1, 40), chance.choice((0.005, 0.05)))
+                )
+                await talk.until(lambda: len(talk.unanswered()) < 2)
+            await talk.until_answered()
+            return talk
+
+    async def be_others() -> None:
+        """Take turns at the balancer, without which a page's socket would follow its token to the same worker."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while True:
+                await client.get(f"http://127.0.0.1:{fleet.port}/count")
+                await asyncio.sleep(chance.uniform(0, 0.05))
+
+    async def scenario() -> list[Traveller]:
+        async with Proxy(fleet.port) as proxy:
+            others = asyncio.create_task(be_others())
+            manners: tuple[Literal["reset", "end"], ...] = ("reset", "end")
+            proxy.faults.extend(Fault(chance.randrange(12), chance.choice(manners)) for _ in range(100))
+            talks = await asyncio.gather(*(visit(proxy, f"cut-{number}") for number in range(6)))
+            others.cancel()
+            return list(talks)
+
+    talks = asyncio.run(scenario())
+    started = fleet.started()
+    for talk in talks:
+        check_whole_and_once(talk, started)
+    assert sum(talk.moves for talk in talks) >= 30, "half of the hundred, but for chance"
+    wait_until(lambda: not any(worker.count()["running"] for worker in fleet.workers), "every answerer has ended")
+    for worker in fleet.workers:
+        check_log(worker)
+
+
+def test_a_dead_link_that_comes_back_on_the_other_worker_takes_its_reply_along(fleet: Fleet) -> None:
+    async def scenario() -> tuple[Talk, Talk, float]:
+        async with Proxy(fleet.port) as proxy:
+            proxy.faults.append(Fault(6, "silence"))
+            async with Talk(proxy.port) as dead:
+                await dead.say(ask_for("dead-link", 45, 0.1))
+                await dead.until(functools.partial(has_begun, dead))
+                fleet.skip_one()
+                since = time.monotonic()
+                async with Talk(proxy.port, asked=dead.asked, previous=dead.previous) as talk:
+                    await talk.until(functools.partial(has_begun, talk))
+                    seconds = time.monotonic() - since
+                    await talk.until_answered()
+                    return dead, talk, seconds
+
+    dead, talk, seconds = asyncio.run(scenario())
+    (first, _), (second, _) = fleet.notes("greeted")[-2:]
+    assert first != second
+    assert seconds < 5
+    assert dead.shown["m0"].id == talk.shown["m0"].id
+    check_whole_and_once(talk, fleet.started())
+
+
+def test_a_drop_that_moves_on_before_the_other_worker_has_found_its_reply_costs_nothing(fleet: Fleet) -> None:
+    async def scenario() -> Talk:
+        async with Proxy(fleet.one.port) as proxy:
+            proxy.faults.append(Fault(6, "silence"))
+            async with Talk(proxy.port) as dead:
+                await dead.say(ask_for("moves-on", 45, 0.1))
+                await dead.until(functools.partial(has_begun, dead))
+                async with Talk(fleet.two.port, asked=dead.asked, previous=dead.previous) as brief:
+                    pass
+                async with Talk(fleet.one.port, asked=dead.asked, previous=brief.previous) as talk:
+                    await talk.until_answered()
+                    return talk
+
+    check_whole_and_once(asyncio.run(scenario()), fleet.started())
+
+
+def test_a_token_used_on_both_workers_opens_one_session(fleet: Fleet) -> None:
+    async def scenario() -> None:
+        token = await fetch_token_from(fleet.port)
+        async with dial_socket(fleet.one.port, token) as first:
+            await frame_from(first, "session-start")
+            await asyncio.sleep(0.3)
+            async with dial_socket(fleet.two.port, token) as second:
+                with pytest.raises(ConnectionClosed):
+                    await frame_from(second, "finish")
+                assert second.close_code == 3000
+            message = ask_for("still-here", 3)
+            await first.send(json.dumps({"type": "message", "id": "a", "text": message}))
+            await frame_from(first, "finish")
+
+    asyncio.run(scenario())
+
+
+def test_a_visitors_own_address_comes_through_the_balancer(fleet: Fleet) -> None:
+    transport = httpx.HTTPTransport(local_address="127.0.0.9")
+    with httpx.Client(transport=transport, trust_env=False) as client:
+        told = client.get(f"http://127.0.0.1:{fleet.port}/count", headers={"X-Forwarded-For": "6.6.6.6"})
+    assert told.json()["client"] == "127.0.0.9"
+
+
+# ---- Machines: a worker that dies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "keeper"), [("uvicorn", "redis"), ("granian", "files")])
+def test_a_worker_killed_in_the_middle_of_a_reply_is_heard_of_within_seconds(
+    kind: Kind, keeper: StoreKind, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async def scenario(fleet: Fleet) -> tuple[Talk, float]:
+        async with Talk(fleet.port) as talk:
+            await talk.say(ask_for("killed", 20, 0.1))
+            await talk.until(functools.partial(has_begun, talk))
+            fleet.named(fleet.notes("started")[-1][0]).kill()
+            since = time.monotonic()
+            reply = talk.shown["m0"].id
+            await talk.until(lambda: talk.shown["m0"].id != reply or bool(talk.ended))
+            seconds = time.monotonic() - since
+            await talk.until_answered()
+            return talk, seconds
+
+    with fleet_of(kind, tmp_path / "fleet", redis_server.url if keeper == "redis" else "") as fleet:
+        talk, seconds = asyncio.run(scenario(fleet))
+        assert seconds < 8
+        check_whole(talk)
+        assert [name for name, _ in fleet.notes("started")] in (["one", "two"], ["two", "one"])
+
+
+@pytest.mark.parametrize(("kind", "keeper"), [("uvicorn", "files"), ("granian", "redis")])
+def test_a_worker_killed_while_the_other_carries_its_reply_interrupts_it(
+    kind: Kind, keeper: StoreKind, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async def scenario(fleet: Fleet) -> tuple[Talk, float]:
+        async with Talk(fleet.one.port) as talk:
+            await talk.say(ask_for("carried", 200, 0.1))
+            await talk.until(functools.partial(has_begun, talk))
+            asked, previous = talk.asked, talk.previous
+        async with Talk(fleet.two.port, asked=asked, previous=previous) as talk:
+            await talk.until(functools.partial(has_begun, talk))
+            fleet.one.kill()
+            since = time.monotonic()
+            await talk.until_answered()
+            return talk, time.monotonic() - since
+
+    with fleet_of(kind, tmp_path / "fleet", redis_server.url if keeper == "redis" else "") as fleet:
+        talk, seconds = asyncio.run(scenario(fleet))
+        assert seconds < 8
+        assert talk.shown["m0"].outcome == "interrupted"
+        assert whole_reply(talk.asked["m0"]).startswith(talk.shown["m0"].text)
+
+
+# ---- Machines: a store that fails ------------------------------------------------------------------------------------
+
+
+def go_down(redis: RedisServer) -> None:
+    redis.stop()
+
+
+def come_back(redis: RedisServer) -> None:
+    redis.start()
+
+
+def hold_up(redis: RedisServer) -> None:
+    assert redis.tell("CLIENT", "PAUSE", "40000", "ALL") == "OK"
+
+
+def go_on(redis: RedisServer) -> None:
+    redis.stop()  # a pause ends with the server, which hears no command before that
+    redis.start()
+
+
+def be_full(redis: RedisServer) -> None:
+    assert redis.tell("CONFIG", "SET", "maxmemory-policy", "noeviction") == "OK"
+    assert redis.tell("CONFIG", "SET", "maxmemory", "1mb") == "OK"
+    redis.tell("EVAL", "for i = 1, 100000 do redis.pcall('SET', 'filler' .. i, string.rep('x', 1000)) end", "0")
+    assert "OOM" in redis.tell("SET", "one", "more")
+
+
+def have_room(redis: RedisServer) -> None:
+    assert redis.tell("CONFIG", "SET", "maxmemory", "0") == "OK"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("fail", "heal"),
+    [(go_down, come_back), (hold_up, go_on), (be_full, have_room)],
+    ids=["down", "slow", "full"],
+)
+def test_chats_start_and_go_on_while_the_store_fails_and_the_log_says_so_once(
+    fail: Callable[[RedisServer], None],
+    heal: Callable[[RedisServer], None],
+    own_redis: RedisServer,
+    tmp_path: Path,
+) -> None:
+    def has_told(fleet: Fleet, words: str) -> Callable[[], bool]:
+        return lambda: words in fleet.one.log()
+
+    async def scenario(fleet: Fleet) -> None:
+        async with Talk(fleet.one.port) as running:
+            await running.say(ask_for("before", 50, 0.05))
+            await running.until(functools.partial(has_begun, running))
+            await asyncio.to_thread(fail, own_redis)
+            since = time.monotonic()
+            async with Talk(fleet.one.port) as fresh:
+                await fresh.say(ask_for("fresh", 10, 0.01))
+                await fresh.until_answered()
+                check_whole_and_once(fresh, fleet.started())
+                assert time.monotonic() - since < 3, "nobody waits for a store"
+            await running.until_answered()
+            check_whole_and_once(running, fleet.started())
+            # A drop that comes back on another worker meanwhile is answered, if need be anew.
+            async with Talk(fleet.one.port) as dropped:
+                await dropped.say(ask_for("elsewhere", 20, 0.1))
+                await dropped.until(functools.partial(has_begun, dropped))
+            async with Talk(fleet.two.port, asked=dropped.asked, previous=dropped.previous) as back:
+                await back.until_answered()
+                check_whole(back)
+            await asyncio.to_thread(wait_until, has_told(fleet, "rows fail"), "the log says that rows fail")
+            await asyncio.to_thread(heal, own_redis)
+            await asyncio.sleep(0.5)
+            async with Talk(fleet.one.port) as healed:
+                await healed.say(ask_for("healed", 30, 0.05))
+                await asyncio.to_thread(wait_until, has_told(fleet, "rows are saved again"), "the log says it heals")
+                await healed.until(functools.partial(has_begun, healed))
+                asked, previous = healed.asked, healed.previous
+            async with Talk(fleet.two.port, asked=asked, previous=previous) as back:
+                await back.until_answered()
+                check_whole_and_once(back, fleet.started())
+
+    with fleet_of("uvicorn", tmp_path / "fleet", own_redis.url) as fleet:
+        asyncio.run(scenario(fleet))
+        assert fleet.one.log().count("rows fail") == 1, fleet.one.log()
+        assert fleet.one.log().count("rows are saved again") == 1, fleet.one.log()
+
+
+def test_a_store_that_is_flushed_costs_no_more_than_a_second_answer(own_redis: RedisServer, tmp_path: Path) -> None:
+    async def drop(fleet: Fleet, name: str) -> Talk:
+        async with Talk(fleet.one.port) as talk:
+            await talk.say(ask_for(name, 20, 0.05))
+            await talk.until(functools.partial(has_begun, talk))
+            if name == "open":
+                own_redis.tell("FLUSHALL")
+            return talk
+
+    async def scenario(fleet: Fleet) -> None:
+        for name, starts in (("open", 1), ("dropped", 1), ("done", 2)):
+            dropped = await drop(fleet, name)
+            if name == "done":
+                await asyncio.sleep(1.5)
+            if name != "open":
+                own_redis.tell("FLUSHALL")
+            if name == "dropped":
+                await asyncio.sleep(1.1)  # it is written anew once a second while it grows, and when it ends
+            async with Talk(fleet.two.port, asked=dropped.asked, previous=dropped.previous) as back:
+                await back.until_answered()
+                check_whole(back)
+                assert fleet.started()[dropped.asked["m0"]] == starts, name
+
+    with fleet_of("uvicorn", tmp_path / "fleet", own_redis.url) as fleet:
+        asyncio.run(scenario(fleet))
+        for worker in fleet.workers:
+            check_log(worker)
+
+
+def test_a_crowd_that_leaves_at_once_has_every_row_saved(own_redis: RedisServer, tmp_path: Path) -> None:
+    def row_of(session: str) -> dict[str, Any]:
+        row: dict[str, Any] = json.loads(own_redis.tell("GET", f"LITESTAR:chat_session.{session}"))["row"]
+        return row
+
+    async def scenario(worker: Worker) -> list[str]:
+        async with contextlib.AsyncExitStack() as stack:
+            talks = [Talk(worker.port) for _ in range(150)]
+            await asyncio.gather(*(stack.enter_async_context(talk) for talk in talks))
+            await asyncio.to_thread(worker.terminate)
+            return [talk.sessions[0] for talk in talks]
+
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with Worker("uvicorn", tmp_path / "one", shared=shared, redis_url=own_redis.url) as worker:
+        sessions = asyncio.run(scenario(worker))
+        check_log(worker)
+        assert Counter(row_of(session)["end_reason"] for session in sessions) == {"restart": 150}
+
+
+# ---- Machines: a deploy ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(("kind", "keeper"), [("uvicorn", "redis"), ("granian", "files")])
+def test_a_rolling_restart_of_two_workers_under_load_loses_nothing(
+    kind: Kind, keeper: StoreKind, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async def restart(worker: Worker) -> None:
+        await asyncio.to_thread(worker.terminate)
+        await asyncio.to_thread(worker.__enter__)
+
+    async def visit(fleet: Fleet, name: str, is_over: asyncio.Event) -> Talk:
+        async with Talk(fleet.port) as talk:
+            while not is_over.is_set():
+                await talk.say(ask_for(f"{name}-{len(talk.asked)}", 20, 0.05))
+                await talk.until(lambda: len(talk.unanswered()) < 2)
+            await talk.until_answered()
+            return talk
+
+    async def scenario(fleet: Fleet) -> list[Talk]:
+        is_over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            visits = [group.create_task(visit(fleet, f"visitor-{number}", is_over)) for number in range(8)]
+            await asyncio.sleep(1)
+            for worker in fleet.workers:
+                await restart(worker)
+                await asyncio.sleep(1)
+            is_over.set()
+        return [each.result() for each in visits]
+
+    with fleet_of(kind, tmp_path / "fleet", redis_server.url if keeper == "redis" else "") as fleet:
+        talks = asyncio.run(scenario(fleet))
+        started = fleet.started()
+        for talk in talks:
+            check_whole(talk)
+            assert len(talk.sessions) >= 2
+            if GRANIAN_PANIC not in fleet.log():  # which takes rows along that were not saved yet
+                check_whole_and_once(talk, started)
+
+
+# ---- The demo, the README and a long life ----------------------------------------------------------------------------
+
+
+def bench_of(app: Litestar) -> Bench:
+    """A bench around an app that is made already."""
+    it = Bench.__new__(Bench)
+    it.app, it.plugin = app, app.plugins.get(ChatSessionPlugin)
+    it.client = httpx.AsyncClient(transport=httpx.ASGITransport(cast("Any", app)), base_url="http://test")
+    it.tokens, it.visitors = {}, []
+    return it
+
+
+def blocks_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks_of_the_readme())))
+def test_each_python_block_of_the_readme_is_an_app_that_chats(
+    number: int, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("CHAT_ROWS", str(tmp_path / "rows"))
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(f"readme_{number}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(blocks_of_the_readme()[number], module.__name__, "exec"), module.__dict__)
+
+    async def scenario() -> str:
+        it = bench_of(module.app)
+        async with it.app.lifespan(), it.client:
+            visitor = await it.visit()
+            told = await visitor.ask("hello there")
+            assert told.end == {"type": "finish"}
+            visitor.send("end")
+            await visitor.ended()
+            return told.text
+
+    assert asyncio.run(scenario())
+
+
+def test_each_row_of_the_readmes_table_of_faults_names_a_test_that_exists() -> None:
+    rows = re.findall(r"^\|.*\| `(\w+)` \|$", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    assert [name for name in rows if not callable(globals().get(f"test_{name}"))] == []
+
+
+def test_the_runnable_example_of_the_module_runs() -> None:
+    (example,) = re.findall(r"::\n\n(.*?)\n\nand in the page", chat_session.__doc__ or "", re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(re.sub("^    ", "", example, flags=re.MULTILINE), names)
+    assert isinstance(names["app"], Litestar)
+
+
+@virtual
+async def test_the_demo_knows_what_it_is_from_its_scratchpad_and_honestly_does_not_when_that_is_gone() -> None:
+    it = bench_of(chat_session._demo())
+    async with it.app.lifespan(), it.client:
+        visitor = await it.visit()
+        told = await visitor.ask("do you ship to Canada?")
+        assert "Canada" in told.text
+        assert told.sources[0]["title"] == "Our shipping"
+        assert "five to eight working days" in (await visitor.ask("how long does it take?")).text
+        await asyncio.sleep(chat_session.ChatSessionConfig().scratchpad_ttl + 1)
+        assert "I am not sure what you mean" in (await visitor.ask("how long does it take?")).text
+        visitor.send("end")
+        await visitor.ended()
+
+
+@virtual
+async def test_the_demos_shop_page_loads_the_widget() -> None:
+    it = bench_of(chat_session._demo())
+    async with it.client:
+        page = await it.client.get("/")
+        assert '<script src="/chat/widget.js"' in page.text
+        assert (await it.client.get("/chat/widget.js")).status_code == 200
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_thousands_of_visits_leave_a_server_as_it_was(tmp_path: Path) -> None:
+    visits = int(os.environ.get("SOAK_VISITS", "3000"))
+
+    def memory(server: Server) -> int:
+        rollup = Path(f"/proc/{server.count()['process']}/smaps_rollup").read_text()
+        return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
+
+    async def crowd(server: Server, count: int, wave: str) -> None:
+        async def one(number: int) -> None:
+            async with Talk(server.port) as talk:
+                await talk.say(ask_for(f"{wave}-{number}", 5, 0))
+                await talk.until_answered()
+
+        for first in range(0, count, 20):
+            await asyncio.gather(*(one(number) for number in range(first, first + 20)))
+
+    with Server("uvicorn", tmp_path, "reply_ttl=0.5") as server:
+        asyncio.run(crowd(server, visits // 3, "warm"))
+        wait_until(lambda: server.count()["tasks"] < 10, "the tasks have ended")
+        before, tasks = memory(server), server.count()["tasks"]
+        asyncio.run(crowd(server, visits, "soak"))
+        wait_until(lambda: server.count()["tasks"] <= tasks, "the tasks have ended")
+        after = memory(server)
+        assert after < before * 1.1 + 2048, f"{before} kB before {visits} visits, {after} kB after"
+        check_log(server)
+
+
 WIDGET = Path(__file__).with_name("widget.js")
 STRICT_POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; "
@@ -7211,6 +7973,7 @@ def missing(what: str) -> None:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
+    """One Chromium for all; its driver keeps an event loop running, so tests that run their own come before this."""
     if not Path(CHROMIUM).exists():
         missing(CHROMIUM)
     with sync_playwright() as driver:
@@ -8495,80 +9258,7 @@ def test_motion_and_forced_colours_follow_the_visitor(browser: Browser, server: 
     context.close()
 
 
-# ---- The demo, the README and a long life ----------------------------------------------------------------------------
-
-
-def bench_of(app: Litestar) -> Bench:
-    """A bench around an app that is made already."""
-    it = Bench.__new__(Bench)
-    it.app, it.plugin = app, app.plugins.get(ChatSessionPlugin)
-    it.client = httpx.AsyncClient(transport=httpx.ASGITransport(cast("Any", app)), base_url="http://test")
-    it.tokens, it.visitors = {}, []
-    return it
-
-
-def blocks_of_the_readme() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(blocks_of_the_readme())))
-def test_each_python_block_of_the_readme_is_an_app_that_chats(
-    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
-    monkeypatch.chdir(tmp_path)
-    module = types.ModuleType(f"readme_{number}")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(blocks_of_the_readme()[number], module.__name__, "exec"), module.__dict__)
-
-    async def scenario() -> str:
-        it = bench_of(module.app)
-        async with it.app.lifespan(), it.client:
-            visitor = await it.visit()
-            told = await visitor.ask("hello there")
-            assert told.end == {"type": "finish"}
-            visitor.send("end")
-            await visitor.ended()
-            return told.text
-
-    assert asyncio.run(scenario())
-
-
-def test_each_row_of_the_readmes_table_of_faults_names_a_test_that_exists() -> None:
-    rows = re.findall(r"^\|.*\| `(\w+)` \|$", (HERE / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) > 10
-    assert [name for name in rows if not callable(globals().get(f"test_{name}"))] == []
-
-
-def test_the_runnable_example_of_the_module_runs() -> None:
-    (example,) = re.findall(r"::\n\n(.*?)\n\nand in the page", chat_session.__doc__ or "", re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(re.sub("^    ", "", example, flags=re.MULTILINE), names)
-    assert isinstance(names["app"], Litestar)
-
-
-@virtual
-async def test_the_demo_knows_what_it_is_from_its_scratchpad_and_honestly_does_not_when_that_is_gone() -> None:
-    it = bench_of(chat_session._demo())
-    async with it.app.lifespan(), it.client:
-        visitor = await it.visit()
-        told = await visitor.ask("do you ship to Canada?")
-        assert "Canada" in told.text
-        assert told.sources[0]["title"] == "Our shipping"
-        assert "five to eight working days" in (await visitor.ask("how long does it take?")).text
-        await asyncio.sleep(chat_session.ChatSessionConfig().scratchpad_ttl + 1)
-        assert "I am not sure what you mean" in (await visitor.ask("how long does it take?")).text
-        visitor.send("end")
-        await visitor.ended()
-
-
-@virtual
-async def test_the_demos_shop_page_loads_the_widget() -> None:
-    it = bench_of(chat_session._demo())
-    async with it.client:
-        page = await it.client.get("/")
-        assert '<script src="/chat/widget.js"' in page.text
-        assert (await it.client.get("/chat/widget.js")).status_code == 200
+# ---- The demo in a browser -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -8610,32 +9300,3 @@ def test_the_demo_answers_the_canada_pair_in_a_real_browser(demo: str, browser: 
         expect(page.locator("[part~=sources]").last).to_contain_text("Our shipping", timeout=PATIENCE * 1000)
     assert page.locator("[part~=reply] strong", has_text="Canada").count() == 1
     page.close()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_thousands_of_visits_leave_a_server_as_it_was(tmp_path: Path) -> None:
-    visits = int(os.environ.get("SOAK_VISITS", "3000"))
-
-    def memory(server: Server) -> int:
-        rollup = Path(f"/proc/{server.count()['process']}/smaps_rollup").read_text()
-        return int(re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[0])
-
-    async def crowd(server: Server, count: int, wave: str) -> None:
-        async def one(number: int) -> None:
-            async with Talk(server.port) as talk:
-                await talk.say(ask_for(f"{wave}-{number}", 5, 0))
-                await talk.until_answered()
-
-        for first in range(0, count, 20):
-            await asyncio.gather(*(one(number) for number in range(first, first + 20)))
-
-    with Server("uvicorn", tmp_path, "reply_ttl=0.5") as server:
-        asyncio.run(crowd(server, visits // 3, "warm"))
-        wait_until(lambda: server.count()["tasks"] < 10, "the tasks have ended")
-        before, tasks = memory(server), server.count()["tasks"]
-        asyncio.run(crowd(server, visits, "soak"))
-        wait_until(lambda: server.count()["tasks"] <= tasks, "the tasks have ended")
-        after = memory(server)
-        assert after < before * 1.1 + 2048, f"{before} kB before {visits} visits, {after} kB after"
-        check_log(server)
