@@ -767,6 +767,11 @@ class _StoreRows:
                 await self._store.delete(box)
         return (notes or b"").decode().split()
 
+    async def close(self) -> None:
+        """Close what the last saves opened again: Litestar closes the stores of its registry before plugins drain."""
+        with contextlib.suppress(Exception):
+            await self._store.__aexit__(None, None, None)
+
     async def follow(self, session_id: str) -> AsyncGenerator[Reply]:
         """Yield the reply that another worker writes, as it grows, until it has ended or nothing beats any more."""
         beat, give_up = -1, _now() + _PATIENCE
@@ -872,6 +877,8 @@ class _Rows:
         """Wait until all is saved, *seconds* at most."""
         if self._writers:
             await asyncio.wait(self._writers, timeout=seconds)
+        if self.shared is not None and isinstance(self._config.rows, str):
+            await self.shared.close()
         if self._queues:
             _log.error("the rows of %d sessions were not saved before the process went", len(self._queues))
 
