@@ -177,7 +177,7 @@ _RETRY_AFTER = 10  # seconds that a visitor whom we have no room for is asked to
 _INVALID_LIMIT = 3  # invalid frames of one session; a program sends them, not a person
 _OUTBOX_LIMIT = 1_000  # frames that may wait for one visitor; words that pile up count as one
 _MIN_FRAME_LIMIT = 128  # bytes; a frame with a 64-character id must fit however short messages may be
-_BREATH = 16  # pieces of a reply after which the event loop gets a turn
+_BREATH = 64  # pieces of a reply, some 30 µs, after which the event loop gets a turn
 _ADDRESS_LIMIT = 100_000  # addresses whose token requests are counted
 _ERROR_TEXT = "Something went wrong. Please try again."
 
@@ -916,6 +916,12 @@ async def _ask(answer: _Answerer, chat: Chat) -> AsyncIterator[str | Source]:
     )
 
 
+def _as_source(piece: object) -> Source:
+    if isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
+        return Source(_whole(piece.url), _whole(piece.title))
+    raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
+
+
 async def _once(text: str) -> AsyncIterator[str]:
     yield text
 
@@ -924,7 +930,7 @@ class _Answer:
     """A reply: asks the answerer in a task of its own, and tells whichever line listens."""
 
     __slots__ = (
-        *("_born", "_desk", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer"),
+        *("_born", "_desk", "_fresh", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer", "_told"),
         *("id", "in_reply_to", "owner", "pasts", "session_id", "sources", "status"),
     )
 
@@ -937,7 +943,9 @@ class _Answer:
         self.owner: _Conversation | None = None
         self.pasts: list[_Past] = []
         self._desk = desk
+        self._fresh: list[str] = []
         self._parts = [reply.text] if reply.text else []
+        self._told = 0
         self._room = desk.config.max_reply_chars
         self._half = ""
         self._line: _Line | None = None
@@ -956,11 +964,10 @@ class _Answer:
 
     def attach(self, line: _Line) -> None:
         """Tell *line* all there is, and from then on what comes; nothing here waits (decision 4)."""
-        self._line = line
+        self._silence_line()
+        self._line, self._told = line, 0
         line.post("start", messageId=self.id, messageMetadata={"inReplyTo": self.in_reply_to})
-        if self._parts:
-            line.post("text-start", id=self.id)
-            line.words(self.id, self.text)
+        line.speaker = self
         for number in range(len(self.sources)):
             self._post_source(number)
         if self.status != "streaming":
@@ -968,11 +975,25 @@ class _Answer:
 
     def detach(self) -> None:
         """Go on without a listener."""
+        self._silence_line()
         self.owner = self._line = None
+
+    def _silence_line(self) -> None:
+        if self._line is not None:
+            self._line.speaker = None
+
+    def tell(self, line: _Line) -> None:
+        """Put the words that *line* was not told yet into its outbox, all in one frame."""
+        self._digest()
+        if self._told < len(self._parts):
+            if self._told == 0:
+                line.put("text-start", id=self.id)
+            line.put("text-delta", id=self.id, delta="".join(self._parts[self._told :]))
+            self._told = len(self._parts)
 
     @property
     def text(self) -> str:
-        self._parts = ["".join(self._parts)] if self._parts else []
+        self._digest()
         return "".join(self._parts)
 
     @property
@@ -981,15 +1002,16 @@ class _Answer:
 
     def end(self, status: _Status) -> None:
         """End the reply, once; what comes later changes nothing."""
+        self._digest()
         if self.status != "streaming":
             return
-        half, self._half = self._half, ""
-        if half and self._room:
-            self._say("\ufffd")
-        self.status = status
+        if self._half and self._room:
+            self._parts.append("\ufffd")
+        self.status, self._half = status, ""
         self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
         self._post_end()
+        self._parts = ["".join(self._parts)] if self._parts else []  # thousands of words take ten times the room
         for past in list(self.pasts):
             past.save()
         if self.owner is not None:
@@ -1034,14 +1056,23 @@ class _Answer:
             self._fail(error)
 
     async def _read(self, pieces: AsyncIterator[str | Source]) -> None:
-        count = 0
+        """Take piece after piece, as cheaply as can be: what is done here is done for each word."""
+        time, fresh = asyncio.get_running_loop().time, self._fresh
         async for piece in pieces:
-            self._take(piece)
+            self._heard = time()
             if self.status != "streaming":
                 return
-            count += 1
-            if count % _BREATH == 0:
-                await asyncio.sleep(0)
+            if isinstance(piece, str):
+                fresh.append(piece)
+                self._room -= len(piece)
+                if len(fresh) == 1 and self._line is not None:
+                    self._line.words(is_first=not self._parts)
+                if len(fresh) < _BREATH and self._room >= 0:
+                    continue
+                self._digest()
+            else:
+                self._cite(_as_source(piece))
+            await asyncio.sleep(0)
         self.end("finished")
 
     def _fail(self, error: BaseException) -> None:
@@ -1060,7 +1091,7 @@ class _Answer:
         async with contextlib.aclosing(replies):
             async for reply in replies:
                 self._heard = _now()
-                self._say(reply.text[len(self.text) :])
+                self._hear(reply.text[len(self.text) :])
                 for source in reply.sources[len(self.sources) :]:
                     self._cite(source)
                 if reply.status != "streaming":
@@ -1068,16 +1099,25 @@ class _Answer:
                     return
         self.end("interrupted")
 
-    def _take(self, piece: object) -> None:
-        self._heard = _now()
-        if self.status != "streaming":
+    def _hear(self, text: str) -> None:
+        self._fresh.append(text)
+        self._room -= len(text)
+        if self._line is not None:
+            self._line.words(is_first=not self._parts)
+
+    def _digest(self) -> None:
+        """Make of the pieces that came one text that is fit to send, and end a reply that is too long."""
+        if not self._fresh:
             return
-        if isinstance(piece, str):
-            self._say(self._join(piece))
-        elif isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
-            self._cite(Source(_whole(piece.url), _whole(piece.title)))
-        else:
-            raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
+        said = "".join(self._fresh)
+        self._fresh.clear()
+        text = self._join(said)
+        self._room += len(said) - len(text)
+        if text := text[: self._room] if self._room < 0 else text:
+            self._parts.append(text)
+        if self._room < 0:
+            self._room, self._half = 0, ""
+            self.end("finished")
 
     def _join(self, text: str) -> str:
         """Hold back half a surrogate pair at the end of *text*, for the next words may bring the other half."""
@@ -1086,19 +1126,6 @@ class _Answer:
         text = self._half + text
         self._half = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return _whole(text[: len(text) - len(self._half)])
-
-    def _say(self, text: str) -> None:
-        is_too_long = len(text) > self._room
-        if text := text[: self._room]:
-            self._room -= len(text)
-            if self._line is not None:
-                if not self._parts:
-                    self._line.post("text-start", id=self.id)
-                self._line.words(self.id, text)
-            self._parts.append(text)
-        if is_too_long:
-            self._half = ""
-            self.end("finished")
 
     def _cite(self, source: Source) -> None:
         self.sources.append(source)
@@ -1115,6 +1142,7 @@ class _Answer:
             return
         if self._parts:
             line.post("text-end", id=self.id)
+        line.speaker = None
         if self.status == "finished":
             line.post("finish")
         elif self.status == "failed":
@@ -1639,19 +1667,29 @@ async def _try(action: Awaitable[None]) -> bool:
     return True
 
 
+class _Courier:
+    """One task that sends, and what it is at: a visitor who does not read holds up this one alone."""
+
+    __slots__ = ("line", "since", "task")
+
+    line: _Line
+    task: asyncio.Task[None]
+
+    def __init__(self) -> None:
+        self.since = _now()
+
+
 class _Office:
     """Sends what lies in the lines' outboxes: urgent frames in the loop's next turn, words at the next refresh.
 
-    One task serves all the lines that are ready. A visitor who does not read holds up that task alone: as long as
-    any line is ready, the next turn of the loop starts another.
+    One courier serves all the lines that are ready; while it is held up, the next turn of the loop sends another.
     """
 
     def __init__(self, send_timeout: float) -> None:
         self._send_timeout = send_timeout
         self._ready: deque[_Line] = deque()
         self._slow: list[_Line] = []
-        self._sending: set[_Line] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._couriers: set[_Courier] = set()
         self._is_awake = False
         self._is_watching = False
 
@@ -1669,42 +1707,39 @@ class _Office:
         self._slow.append(line)
 
     def _refresh(self) -> None:
-        slow, self._slow = self._slow, []
-        for line in slow:
-            self.soon(line)
+        self._ready.extend(self._slow)
+        self._slow.clear()
+        if not self._is_awake:
+            self._turn()
 
     def _turn(self) -> None:
         self._is_awake = bool(self._ready)
         if self._ready:
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(self._deliver())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            loop, courier = asyncio.get_running_loop(), _Courier()
+            courier.task = loop.create_task(self._deliver(courier))
+            self._couriers.add(courier)
             loop.call_soon(self._turn)
+            if not self._is_watching:
+                self._is_watching = True
+                loop.call_later(self._send_timeout, self._watch)
 
-    async def _deliver(self) -> None:
-        while self._ready:
-            await self._ready.popleft().flush()
-
-    def began(self, line: _Line) -> None:
-        """Watch over a send, by one timer for all."""
-        self._sending.add(line)
-        if not self._is_watching:
-            self._is_watching = True
-            asyncio.get_running_loop().call_later(self._send_timeout, self._watch)
-
-    def done(self, line: _Line) -> None:
-        """Stop watching."""
-        self._sending.discard(line)
+    async def _deliver(self, courier: _Courier) -> None:
+        try:
+            while self._ready:
+                courier.line = self._ready.popleft()
+                await courier.line.flush(courier)
+        finally:
+            self._couriers.discard(courier)
 
     def _watch(self) -> None:
+        """Give up the visitors who hold a courier up, by one timer for all."""
         now = _now()
-        for line in [line for line in self._sending if line.sent_at + self._send_timeout <= now]:
-            self._sending.discard(line)
-            line.lose()
-        self._is_watching = bool(self._sending)
-        if self._sending:
-            due = min(line.sent_at for line in self._sending) + self._send_timeout
+        for courier in [each for each in self._couriers if each.since + self._send_timeout <= now]:
+            courier.since = now
+            courier.line.lose()
+        self._is_watching = bool(self._couriers)
+        if self._couriers:
+            due = min(courier.since for courier in self._couriers) + self._send_timeout
             asyncio.get_running_loop().call_at(due, self._watch)
 
 
@@ -1712,20 +1747,8 @@ class _Line:
     """One visitor's websocket: a reader for its whole life, an outbox, and a pulse."""
 
     __slots__ = (
-        *("_code", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_lock", "_max_bytes", "_office"),
-        *(
-            "_outbox",
-            "_pulse",
-            "_queued",
-            "_reply",
-            "_sender",
-            "_socket",
-            "_words",
-            "conversation",
-            "posted",
-            "sent",
-            "sent_at",
-        ),
+        *("_code", "_courier", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_max_bytes", "_office"),
+        *("_outbox", "_pulse", "_queued", "_socket", "conversation", "posted", "sent", "speaker"),
     )
 
     conversation: _Conversation
@@ -1736,17 +1759,14 @@ class _Line:
         self._interval = config.ping_interval
         self._max_bytes = max(16 * config.max_message_chars, _MIN_FRAME_LIMIT)
         self._outbox: list[str] = []
-        self._words: list[str] = []
-        self._reply = ""
         self._queued: Literal["", "later", "soon"] = ""
-        self._lock = asyncio.Lock()
-        self._sender: asyncio.Task[Any] | None = None
+        self._courier: _Courier | None = None
         self._is_cut = False
         self._limit: asyncio.Timeout | None = None
         self._code: _Close | None = None
         self._left: int | None = None
         self._heard = self._due = _now()
-        self.sent_at = 0.0
+        self.speaker: _Answer | None = None
         self.posted = self.sent = 0
         self._pulse = asyncio.get_running_loop().call_later(self._interval, self._beat)
 
@@ -1761,62 +1781,58 @@ class _Line:
         """Send one frame, in the loop's next turn."""
         if self._code is None and not self._is_cut:
             self._seal()
-            self._put({"type": type_, **content})
-            if self._queued != "soon":
-                self._queued = "soon"
-                self._office.soon(self)
-            if len(self._outbox) > _OUTBOX_LIMIT and self._lock.locked():
+            self.put(type_, **content)
+            self._hurry()
+            if len(self._outbox) > _OUTBOX_LIMIT and self._courier is not None:
                 self.lose()
 
-    def words(self, reply_id: str, text: str) -> None:
-        """Send words of a reply, together with those that come within a refresh of the screen."""
-        if self._code is None and not self._is_cut:
-            self._reply = reply_id
-            self._words.append(text)
-            if not self._queued:
+    def words(self, *, is_first: bool) -> None:
+        """Fetch what the speaker says, together with what more it says within a refresh of the screen."""
+        if not self._queued and self._code is None and not self._is_cut:
+            if is_first:
+                self._hurry()
+            else:
                 self._queued = "later"
                 self._office.later(self)
 
-    def _seal(self) -> None:
-        if self._words:
-            delta = "".join(self._words)
-            self._words.clear()
-            self._put({"type": "text-delta", "id": self._reply, "delta": delta})
-
-    def _put(self, frame: dict[str, object]) -> None:
+    def put(self, type_: str, **content: object) -> None:
+        """Lay one frame into the outbox."""
         self.posted += 1
-        self._outbox.append(_encode(frame).decode())
+        self._outbox.append(_encode({"type": type_, **content}).decode())
 
-    async def flush(self) -> None:
+    def _hurry(self) -> None:
+        if self._queued != "soon":
+            self._queued = "soon"
+            self._office.soon(self)
+
+    def _seal(self) -> None:
+        if self.speaker is not None and not self._is_cut:
+            self.speaker.tell(self)
+
+    async def flush(self, courier: _Courier) -> None:
         """Send all there is; while one send waits for the visitor, what comes piles up and then travels together."""
         self._queued = ""
-        if self._lock.locked():
+        if self._courier is not None:
             return
-        async with self._lock:
-            self._sender = asyncio.current_task()
-            try:
-                while self._outbox or self._words:
-                    await self._send_all()
-            except _GONE:
-                self._cut()
-            finally:
-                self._sender = None
-                self._office.done(self)
-
-    async def _send_all(self) -> None:
-        self._seal()
-        frames, self._outbox = self._outbox, []
-        for text in frames:
-            self.sent_at = _now()
-            self._office.began(self)
-            await self._socket.send({"type": "websocket.send", "text": text, "bytes": None})
-            self.sent += 1
+        self._courier, time = courier, asyncio.get_running_loop().time
+        try:
+            self._seal()
+            while frames := self._outbox:
+                self._outbox = []
+                for text in frames:
+                    courier.since = time()
+                    await self._socket.send({"type": "websocket.send", "text": text, "bytes": None})
+                self.sent += len(frames)
+                self._seal()
+        except _GONE:
+            self._cut()
+        finally:
+            self._courier = None
 
     def _cut(self) -> None:
         """Send no more: the visitor has left, and the reader is about to hear how."""
         self._is_cut = True
         self._outbox.clear()
-        self._words.clear()
 
     def lose(self) -> None:
         """Give the visitor up: nothing is heard, or nothing gets through."""
@@ -1859,11 +1875,12 @@ class _Line:
         code = self._code or _Close.BUG
         with contextlib.suppress(*_GONE):  # a TimeoutError is an OSError
             async with asyncio.timeout(_CLOSE_GRACE):
-                async with self._lock:
-                    await self._send_all()
+                while self._courier is not None:  # noqa: ASYNC110 - rare, and an event for each line is not free
+                    await asyncio.sleep(_WORD_WAIT)
+                await self.flush(_Courier())
                 await self._socket.close(code, _REASONS[code])
-        if self._sender is not None:
-            self._sender.cancel()
+        if self._courier is not None:
+            self._courier.task.cancel()
 
     def _take(self, event: Any) -> bool:
         """Act on one event of the socket; False is the last. Its text stays in no variable that waits (decision 9)."""

@@ -3780,7 +3780,7 @@ async def test_three_hundred_chats_leave_tasks_caches_timers_and_objects_where_t
             "scratchpads": kept(it),
             "past": len(it.desk.past),
             "writers": len(it.desk.rows._queues) + len(it.desk.rows._writers),
-            "deliveries": len(plugin._office._tasks) + len(plugin._office._sending),
+            "deliveries": len(plugin._office._couriers),
             "handlers": len(plugin._handlers),
             **ours,
         }
