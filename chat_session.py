@@ -179,6 +179,7 @@ _OUTBOX_LIMIT = 1_000  # frames that may wait for one visitor; words that pile u
 _MIN_FRAME_LIMIT = 128  # bytes; a frame with a 64-character id must fit however short messages may be
 _BREATH = 64  # pieces of a reply, some 30 µs, after which the event loop gets a turn
 _ADDRESS_LIMIT = 100_000  # addresses whose token requests are counted
+_LESSON_LIMIT = 20  # different warnings about how a host is set up
 _ERROR_TEXT = "Something went wrong. Please try again."
 
 #: What a send raises when the visitor has left: uvicorn an OSError, granian a RuntimeError, Litestar the last.
@@ -269,6 +270,18 @@ class Chat:
     messages: list[Message]
     session: SessionRow
     app: Litestar
+
+
+class _Stats(TypedDict):
+    """How it goes in this process, since it began; see ``ChatSessionPlugin.stats``."""
+
+    open_sessions: int
+    running_replies: int
+    turns: int
+    carried_replies: int
+    ended: dict[str, int]
+    rejected: dict[str, int]
+    failed: dict[str, int]
 
 
 _Id: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
@@ -1011,6 +1024,8 @@ class _Answer:
         self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
         self._post_end()
+        if self.session_id:
+            self._desk.count_reply(self, _now() - self._born)
         self._parts = ["".join(self._parts)] if self._parts else []  # thousands of words take ten times the room
         for past in list(self.pasts):
             past.save()
@@ -1080,9 +1095,9 @@ class _Answer:
         if _is_cancelled(error):
             self.end("interrupted")
             return
-        what = "failed on" if self.status == "streaming" else "raised after the end of"
-        self.end("failed")
         is_ours = isinstance(error, _WrongAnswerError)
+        what = "failed on" if self.status == "streaming" else "raised after the end of"
+        self._fall("wrong-answer" if is_ours else "raised")
         told = str(error) if is_ours else _tell(error, debug=self._desk.debug)
         _log.error("answerer %s %s reply %s: %s", self._desk.answerer, what, self.id, told)
 
@@ -1157,8 +1172,16 @@ class _Answer:
         if _now() < due:
             self._timer = asyncio.get_running_loop().call_at(due, self._watch)
             return
+        is_silent = due < self._born + config.answer_timeout
         _log.error("answerer %s took too long over reply %s", self._desk.answerer, self.id)
+        self._fall("chunk-timeout" if is_silent else "answer-timeout")
         self.halt("failed")
+
+    def _fall(self, reason: str) -> None:
+        """End the reply as failed, and count why, if it has not ended."""
+        if self.status == "streaming":
+            self._desk.failed[reason] += 1
+        self.end("failed")
 
 
 class _Past:
@@ -1257,6 +1280,7 @@ class _Conversation:
             maxPending=config.max_pending,
         )
         self._desk.rows.put(self.row)
+        self._desk.emit("started", session_id=self.row.id, visitor=self.row.visitor)
         self._rest()
         if (past := self._desk.past.get(previous)) is not None:
             self._adopt(past)
@@ -1365,7 +1389,7 @@ class _Conversation:
             _Past(self._desk, self.row, [*others, self._last], self._past).save()
         elif not self._is_renounced and not (reason in _CARRIED and self._settling is not None):  # else ``_fetch`` does
             self._desk.rows.put(self.row)
-        _log.debug("session %s ended (%s) after %d turns", self.row.id, reason, self.row.turns)
+        self._desk.count_end(self.row)
 
     # Asking, one at a time.
 
@@ -1385,6 +1409,7 @@ class _Conversation:
 
     def reject(self, message_id: str | None, code: str, wait: int = 0) -> None:
         """Say why a message is not taken, and what the visitor can do about it."""
+        self._desk.rejected[code] += 1
         detail = _DETAILS[code].format(limit=self._desk.config.max_message_chars, wait=wait)
         extra = {"retryAfter": wait} if wait else {}
         self._line.post("message-rejected", id=message_id, code=code, detail=detail, **extra)
@@ -1479,6 +1504,7 @@ class _Conversation:
         if past.holder is not None:
             past.holder.end("replaced")
         past.holder = self
+        self._desk.carried += 1
         self._past, last = past, past.answer
         self._last = last
         self._recent = {answer.in_reply_to: answer for answer in past.answers}
@@ -1567,6 +1593,8 @@ class _Desk:
         self.answers: dict[_Answer, asyncio.Task[None]] = {}
         self.settling: dict[str, asyncio.Task[None]] = {}
         self.is_draining = False
+        self.turns = self.carried = 0
+        self.ended, self.rejected, self.failed = Counter[str](), Counter[str](), Counter[str]()
         self._box: asyncio.Task[None] | None = None
 
     def open(self, app: Litestar) -> None:
@@ -1607,6 +1635,40 @@ class _Desk:
             self.addresses[conversation.address] -= 1
             if not self.addresses[conversation.address]:
                 del self.addresses[conversation.address]
+
+    def count_end(self, row: SessionRow) -> None:
+        """Count an ended session, and tell the host's listeners."""
+        reason = cast("str", row.end_reason)
+        self.ended[reason] += 1
+        self.emit("ended", session_id=row.id, visitor=row.visitor, reason=reason, turns=row.turns)
+        _log.debug("session %s ended (%s) after %d turns", row.id, reason, row.turns)
+
+    def count_reply(self, answer: _Answer, seconds: float) -> None:
+        """Count a reply that has ended, and tell the host's listeners."""
+        self.turns += answer.status in _TOLD
+        sizes = {"characters": len(answer.text), "sources": len(answer.sources), "seconds": round(seconds, 3)}
+        self.emit("replied", session_id=answer.session_id, reply_id=answer.id, status=answer.status, **sizes)
+
+    def emit(self, event: str, **facts: object) -> None:
+        """Emit a Litestar event of ids and counts; without listeners Litestar would raise (its issue 4263)."""
+        emitter, event = self.app.event_emitter, f"chat_session.{event}"
+        if emitter.listeners.get(event):
+            try:
+                emitter.emit(event, **facts)
+            except Exception as error:  # noqa: BLE001 - the host's emitter, or one that no lifespan has started
+                _log.error("the event %s was lost: %s", event, _tell(error))
+
+    def stats(self) -> _Stats:
+        """Return what ``ChatSessionPlugin.stats`` promises."""
+        return {
+            "open_sessions": len(self.sessions),
+            "running_replies": sum(answer.status == "streaming" for answer in self.answers),
+            "turns": self.turns,
+            "carried_replies": self.carried,
+            "ended": dict(self.ended),
+            "rejected": dict(self.rejected),
+            "failed": dict(self.failed),
+        }
 
     def settle(self, session_id: str, task: asyncio.Task[None]) -> None:
         """Keep the task that finds out what an earlier session owes a visitor."""
@@ -1963,12 +2025,23 @@ class ChatSessionPlugin(InitPlugin):
         self._used: TTLCache[str, bool] = TTLCache(math.inf, config.token_ttl + 1, timer=_now)
         self._rates: TTLCache[str, _Rate] = TTLCache(_ADDRESS_LIMIT, 60.0, timer=_now)
         self._handlers: set[asyncio.Task[Any]] = set()
-        self._has_told_of_proxy = False
+        self._lessons: set[str] = set()
 
     @property
     def config(self) -> ChatSessionConfig:
         """The configuration, as it was given."""
         return self._config
+
+    def stats(self) -> _Stats:
+        """Tell how it goes in this process: numbers alone, all but the first two counted since it began.
+
+        Returns:
+            ``open_sessions``, ``running_replies``, ``turns`` (replies finished or stopped), ``carried_replies`` (sent
+            again after a drop), ``ended`` sessions by ``end_reason``, ``rejected`` messages by their ``code``, and
+            ``failed`` replies by ``raised``, ``wrong-answer``, ``chunk-timeout`` or ``answer-timeout``.
+
+        """
+        return self._desk.stats()
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Mount the routes and the drain; nothing of the host's own is changed."""
@@ -1986,7 +2059,11 @@ class ChatSessionPlugin(InitPlugin):
         async def socket(socket: WebSocket[Any, Any, Any]) -> None:
             await self._serve(socket)
 
-        app_config.route_handlers.extend((token, socket))
+        @get(f"{base}/socket", include_in_schema=False, cache_control=cache, **self._options(app_config))
+        async def plain(request: Request[Any, Any, Any]) -> None:
+            raise self._refuse_plain(request)
+
+        app_config.route_handlers.extend((token, socket, plain))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
         cast("Any", app_config).lifespan.append(self._lifespan)
@@ -2019,7 +2096,8 @@ class ChatSessionPlugin(InitPlugin):
         """Give a visitor the right to open one session."""
         config, origin = self._config, _header(request, "origin")
         if not _is_welcome(request, config.allowed_origins):
-            raise HTTPException(status_code=403, detail="This origin may not open a chat here.")
+            self._tell_of_origin(origin)
+            raise HTTPException(status_code=403, detail="This origin is not one of ChatSessionConfig.allowed_origins.")
         headers = _cors(origin, config.allowed_origins)
         previous = await self._find_previous(request)
         try:
@@ -2087,15 +2165,35 @@ class ChatSessionPlugin(InitPlugin):
         peer = connection.client.host if connection.client else ""
         if _is_global(peer):
             return _network(peer)
-        if not self._has_told_of_proxy:
-            self._has_told_of_proxy = True
-            _log.warning(
-                "a visitor's address is not global (a proxy, or a test), so visitors are not limited by address; "
-                "have the server trust the proxy's headers, or set ChatSessionConfig.client_address"
-            )
+        self._teach(
+            "a visitor's address is not global (a proxy, or a test), so visitors are not limited by address; "
+            "have the server trust the proxy's headers, or set ChatSessionConfig.client_address"
+        )
         return None
 
+    def _tell_of_origin(self, origin: str | None) -> None:
+        self._teach(
+            f"a page of {(origin or '')[:100]!r} may not open a chat here; if it is yours, name its origin in "
+            "ChatSessionConfig.allowed_origins, or have the proxy pass the visitor's Host on"
+        )
+
+    def _teach(self, lesson: str) -> None:
+        """Say once in the log what a host may have overlooked; who makes up origins makes us say no more than a few."""
+        if lesson not in self._lessons and len(self._lessons) < _LESSON_LIMIT:
+            self._lessons.add(lesson)
+            _log.warning(lesson)
+
     # The socket.
+
+    def _refuse_plain(self, request: Request[Any, Any, Any]) -> HTTPException:
+        """Say what is amiss when the socket's path is asked for by plain HTTP (RFC 9110 section 15.5.22)."""
+        self._teach(
+            "a chat came by plain HTTP, not by websocket: the server lacks a websocket library "
+            "(pip install websockets), or a proxy in front of it does not pass the upgrade on"
+        )
+        headers = {"Upgrade": "websocket"} if request.scope["http_version"].startswith("1") else {}
+        detail = "This is a websocket, and its upgrade did not get through."
+        return HTTPException(status_code=426, detail=detail, headers=headers)
 
     async def _serve(self, socket: WebSocket[Any, Any, Any]) -> None:
         """Serve one websocket; nothing it raises may reach the framework, which would show it to the visitor."""
@@ -2116,11 +2214,13 @@ class ChatSessionPlugin(InitPlugin):
         self._desk.open(socket.app)
         offered: list[str] = cast("dict[str, Any]", socket.scope).get("subprotocols") or []
         origin = _header(socket, "origin")
-        texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
-        token = _Token.verify(self._keys, texts[0]) if texts else None
+        token = self._find_token(offered)
         # A proxy that rewrites Host makes the app's own origin look foreign; the token knows better.
         is_known = origin and token and token.origin == _digest(origin)
-        if _SUBPROTOCOL not in offered or not (is_known or _is_welcome(socket, self._config.allowed_origins)):
+        is_welcome = is_known or _is_welcome(socket, self._config.allowed_origins)
+        if not is_welcome:
+            self._tell_of_origin(origin)
+        if _SUBPROTOCOL not in offered or not is_welcome:
             await _try(socket.close())
             return None
         if not await _try(socket.accept(subprotocols=_SUBPROTOCOL)):
@@ -2134,6 +2234,17 @@ class ChatSessionPlugin(InitPlugin):
             await _try(socket.close(code, _REASONS[code]))
             return None
         return self._open(socket, token, address, greeting)
+
+    def _find_token(self, offered: Sequence[str]) -> _Token | None:
+        """Find a token that we have signed among the subprotocols that a page offers."""
+        texts = [each.removeprefix(_TOKEN_PREFIX) for each in offered if each.startswith(_TOKEN_PREFIX)]
+        token = _Token.verify(self._keys, texts[0]) if texts else None
+        if texts and token is None:
+            self._teach(
+                "a token was refused that was not signed here: workers that share visitors need one secret "
+                f"(ChatSessionConfig.secret or {_ENV_SECRET}), and after a restart without one old tokens are void"
+            )
+        return token
 
     def _find_refusal(self, token: _Token | None, origin: str | None, address: str | None) -> _Close | None:
         if (

@@ -54,6 +54,7 @@ from litestar.config.csrf import CSRFConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
+from litestar.events import listener
 from litestar.exceptions import (
     HTTPException,
     ImproperlyConfiguredException,
@@ -3796,6 +3797,233 @@ async def test_three_hundred_chats_leave_tasks_caches_timers_and_objects_where_t
         assert len(gc.get_objects()) < objects + 200
 
 
+# ---- Knowing how it goes ---------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_stats_count_what_is_open_and_running_and_what_has_been() -> None:
+    script = Script()
+    async with bench(script, settings()) as it:
+        assert it.plugin.stats() == {
+            "open_sessions": 0,
+            "running_replies": 0,
+            "turns": 0,
+            "carried_replies": 0,
+            "ended": {},
+            "rejected": {},
+            "failed": {},
+        }
+        first, second = await it.visit(), await it.visit()
+        script.say("one", None)
+        await first.ask("hello")
+        second.say("hello")
+        script.say("two")
+        await second.next("text-delta")
+        assert it.plugin.stats() == {
+            "open_sessions": 2,
+            "running_replies": 1,
+            "turns": 1,
+            "carried_replies": 0,
+            "ended": {},
+            "rejected": {},
+            "failed": {},
+        }
+        second.send("stop")
+        await second.next("abort")
+        first.send("end")
+        await first.ended()
+        json.dumps(it.plugin.stats())
+        assert it.plugin.stats()["turns"] == 2
+        assert it.plugin.stats()["ended"] == {"visitor": 1}
+
+
+@virtual
+async def test_stats_count_a_carried_reply_and_how_sessions_ended() -> None:
+    async with bench(echo, settings(idle_timeout=30.0)) as it:
+        first = await it.visit()
+        first.say("some words that take a while")
+        await first.next("text-delta")
+        await first.lose()
+        second = await it.visit(first)
+        await second.next("finish")
+        await second.ended()
+        assert it.plugin.stats()["carried_replies"] == 1
+        assert it.plugin.stats()["turns"] == 1
+        assert it.plugin.stats()["ended"] == {"dropped": 1, "idle": 1}
+
+
+@virtual
+async def test_stats_count_rejected_messages_by_their_code() -> None:
+    async with bench(echo, settings(max_message_chars=10, max_pending=1, messages_per_minute=3)) as it:
+        visitor = await it.visit()
+        for text in ("   ", "far too long", "one", "two", "three"):
+            visitor.say(text)
+        visitor.put("no frame")
+        await visitor.until(lambda: len(visitor.of("finish")) == 2)
+        visitor.say("four")
+        visitor.say("five")
+        await visitor.until(lambda: len(visitor.of("message-rejected")) == 5)
+        codes = Counter(frame["code"] for frame in visitor.of("message-rejected"))
+        assert codes == {"empty": 1, "too-long": 1, "too-many": 1, "invalid": 1, "rate-limited": 1}
+        assert it.plugin.stats()["rejected"] == codes
+
+
+@pytest.mark.parametrize(
+    ("reason", "pieces"),
+    [
+        ("raised", [ValueError("of the host")]),
+        ("wrong-answer", [b"bytes"]),
+        ("chunk-timeout", ["one"]),
+        ("answer-timeout", []),
+    ],
+)
+@virtual
+async def test_stats_count_failed_replies_by_what_went_wrong(reason: str, pieces: list[Any], log: Log) -> None:
+    async def slow(_chat: Chat) -> AsyncIterator[str]:
+        while True:
+            await asyncio.sleep(4)
+            yield "word "
+
+    script = Script()
+    script.say(*pieces)
+    answer = script if pieces else slow
+    async with bench(answer, settings(chunk_timeout=5.0, answer_timeout=30.0)) as it:
+        visitor = await it.visit()
+        assert cast("Frame", (await visitor.ask("hello")).end)["type"] == "error"
+        assert it.plugin.stats()["failed"] == {reason: 1}
+        assert it.plugin.stats()["turns"] == 0
+
+
+class Listeners:
+    """A host that notes what it is told of its chats."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        events = ("started", "replied", "ended")
+        self.all = [listener(f"chat_session.{event}")(partial(self.note, event)) for event in events]
+
+    async def note(self, event: str, **facts: Any) -> None:
+        self.told.append((event, facts))
+
+
+@virtual
+async def test_a_host_hears_of_each_session_and_reply_by_ids_and_counts_and_never_a_word() -> None:
+    async def answer(_chat: Chat) -> AsyncIterator[str | Source]:
+        await asyncio.sleep(2)
+        yield "secret words"
+        yield Source("https://example.com/secret", "secret")
+
+    host = Listeners()
+    async with bench(answer, settings(visitor=lambda _: "ada"), listeners=host.all) as it:
+        visitor = await it.visit()
+        told = await visitor.ask("a secret question", "secret-id")
+        visitor.send("end")
+        await visitor.ended()
+        await moment()
+        session = session_of(visitor)
+    assert host.told == [
+        ("started", {"session_id": session, "visitor": "ada"}),
+        (
+            "replied",
+            {
+                "session_id": session,
+                "reply_id": told.id,
+                "status": "finished",
+                "characters": 12,
+                "sources": 1,
+                "seconds": 2.0,
+            },
+        ),
+        ("ended", {"session_id": session, "visitor": "ada", "reason": "visitor", "turns": 1}),
+    ]
+    assert "secret" not in str(host.told)
+
+
+@virtual
+async def test_a_reply_that_outlives_its_connection_is_told_of_once_after_the_session_has_ended() -> None:
+    host = Listeners()
+    async with bench(echo, settings(), listeners=host.all) as it:
+        first = await it.visit()
+        first.say("some words that take a while")
+        await first.next("text-delta")
+        await first.lose()
+        second = await it.visit(first)
+        await second.next("finish")
+        await moment()
+        assert [event for event, _ in host.told] == ["started", "ended", "started", "replied"]
+        assert host.told[-1][1]["session_id"] == session_of(first)
+
+
+@virtual
+async def test_an_event_that_the_host_cannot_take_is_logged_and_breaks_no_chat(log: Log) -> None:
+    async def never(**_facts: Any) -> None:
+        pytest.fail("without a lifespan no emitter runs")
+
+    app = Litestar(
+        plugins=[ChatSessionPlugin(echo, settings())],
+        listeners=[listener("chat_session.started")(never)],
+        openapi_config=None,
+    )
+    it = bench_of(app)
+    async with it.client:
+        visitor = await it.visit()
+        assert (await visitor.ask("hello there")).text == "hello there "
+        visitor.send("end")
+        await visitor.ended()
+    assert len(log.errors) == 1
+    assert "the event chat_session.started was lost" in log.errors[0]
+
+
+# ---- Errors that teach -----------------------------------------------------------------------------------------------
+
+
+def lessons(log: Log, word: str) -> list[str]:
+    return [text for text in log.ours if word in text]
+
+
+@virtual
+async def test_the_log_says_once_which_origin_was_refused_and_what_to_set(log: Log) -> None:
+    async with bench(echo, settings()) as it:
+        for _ in range(3):
+            response = await it.mint(origin="https://shop.example")
+            assert response.status_code == 403
+            assert "allowed_origins" in response.text
+            assert await it.dial(None, origin="https://shop.example").ended() is not None
+    (lesson,) = lessons(log, "allowed_origins")
+    assert "'https://shop.example'" in lesson
+
+
+@virtual
+async def test_made_up_origins_fill_the_log_with_no_more_than_a_few_lines(log: Log) -> None:
+    async with bench(echo, settings()) as it:
+        for number in range(100):
+            await it.mint(origin=f"https://{number}.example")
+    assert len(lessons(log, "allowed_origins")) == chat_session._LESSON_LIMIT
+
+
+@virtual
+async def test_a_token_of_a_worker_with_another_secret_is_refused_and_the_log_says_what_to_set(log: Log) -> None:
+    async with bench(echo, settings()) as it, bench(echo, settings(secret="another " + SECRET)) as other:
+        for _ in range(2):
+            token = await it.token()
+            assert await other.dial(token).ended() == 3000
+    (lesson,) = lessons(log, "CHAT_SESSION_SECRET")
+    assert "workers that share visitors need one secret" in lesson
+    assert token not in lesson
+
+
+@virtual
+async def test_a_socket_that_arrives_as_plain_http_is_told_to_upgrade_and_the_log_says_why(log: Log) -> None:
+    async with bench(echo, settings()) as it:
+        for _ in range(2):
+            response = await it.client.get("/chat/socket")
+            assert response.status_code == 426
+            assert response.headers["upgrade"] == "websocket"
+    (lesson,) = lessons(log, "plain HTTP")
+    assert "pip install websockets" in lesson
+    assert "proxy" in lesson
+
+
 # ---- Helpers of the routes' tests ------------------------------------------------------------------------------------
 
 SHOP = "https://shop.example"
@@ -5501,7 +5729,7 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
         assert getattr(after, name) is before[name], f"{name} was replaced"
         if name in {"route_handlers", "lifespan"}:
             assert list(getattr(after, name))[:1] == copies[name]
-            assert len(getattr(after, name)) == (4 if name == "route_handlers" else 2)
+            assert len(getattr(after, name)) == (5 if name == "route_handlers" else 2)
         elif isinstance(before[name], (list, dict)):
             assert getattr(after, name) == contents.get(name, copies[name]), f"{name} was changed"
     assert config.csrf_config == CSRFConfig(secret="s" * 32)
