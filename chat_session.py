@@ -1408,7 +1408,8 @@ class _Conversation:
     def _remember(self, talk: _Talk | None, answer: _Answer) -> None:
         if talk is not None and not self.is_over:
             earlier, question = talk
-            said = (Message(role="assistant", content=answer.text),) if answer.text else ()
+            # A message of white space alone is refused by Anthropic's API, and with it every talk that it is part of.
+            said = (Message(role="assistant", content=answer.text),) if answer.text.strip() else ()
             self._desk.pads.keep(self.row.id, (*earlier, (question, *said)))
 
     # Coming back after a drop.
