@@ -5471,6 +5471,10 @@ async def no_lifespan(_app: Litestar) -> AsyncIterator[None]:
     yield
 
 
+class Nothing(InitPlugin):
+    """A plugin of the host's."""
+
+
 @get("/home")
 async def home() -> str:
     return "home"
@@ -5480,6 +5484,7 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     config = AppConfig(
         route_handlers=[home],
         lifespan=[no_lifespan],
+        plugins=[Nothing()],
         csrf_config=CSRFConfig(secret="s" * 32),
         cors_config=CORSConfig(allow_origins=["https://friend.example"]),
         compression_config=CompressionConfig(backend="gzip"),
@@ -5499,7 +5504,7 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     assert after is config
     for name in names:
         assert getattr(after, name) is before[name], f"{name} was replaced"
-        if name in {"route_handlers", "lifespan"}:
+        if name in {"route_handlers", "plugins"}:
             assert list(getattr(after, name))[:1] == copies[name]
             assert len(getattr(after, name)) == (4 if name == "route_handlers" else 2)
         elif isinstance(before[name], (list, dict)):
