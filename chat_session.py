@@ -911,9 +911,19 @@ async def _ask(answer: _Answerer, chat: Chat) -> AsyncIterator[str | Source]:
         return _once(pieces)
     if isinstance(pieces, AsyncIterable):
         return aiter(cast("_Pieces", pieces))
+    missing = "an `await`" if inspect.isawaitable(pieces) else "a `yield`"
     raise _WrongAnswerError(
-        f"it returned {type(pieces).__name__}, neither str nor an async iterable: is a yield missing?"
+        f"it returned {type(pieces).__name__}, neither str nor an async iterable: is {missing} missing?"
     )
+
+
+def _hint(piece: object) -> str:
+    """Say what whoever wrote the answerer probably forgot."""
+    if piece is None:
+        return "; leave out pieces without words, as in `if text: yield text`"
+    if inspect.isawaitable(piece):
+        return "; is an `await` missing?"
+    return "; yield its pieces one by one, with `async for`" if isinstance(piece, AsyncIterable) else ""
 
 
 async def _once(text: str) -> AsyncIterator[str]:
@@ -1077,7 +1087,8 @@ class _Answer:
         elif isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
             self._cite(Source(_whole(piece.url), _whole(piece.title)))
         else:
-            raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
+            what = f"{type(piece).__name__}, which is neither str nor a Source of two str"
+            raise _WrongAnswerError(f"it yielded {what}{_hint(piece)}")
 
     def _join(self, text: str) -> str:
         """Hold back half a surrogate pair at the end of *text*, for the next words may bring the other half."""

@@ -4351,6 +4351,36 @@ async def returns_function(_chat: Chat) -> Any:
     return two_words
 
 
+async def returns_coroutine(chat: Chat) -> Any:
+    return a_text(chat)
+
+
+async def yields_coroutine(chat: Chat) -> AsyncIterator[Any]:
+    yield a_text(chat)
+
+
+async def yields_stream(chat: Chat) -> AsyncIterator[Any]:
+    yield two_words(chat)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'a_text' was never awaited:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        *((returns_none, "is a `yield` missing?"), (returns_list, "is a `yield` missing?")),
+        *((returns_coroutine, "is an `await` missing?"), (yields_coroutine, "is an `await` missing?")),
+        *((yields_none, "`if text: yield text`"), (yields_stream, "`async for`")),
+    ],
+)
+@virtual
+async def test_the_log_says_what_an_answerer_probably_forgot(logbook: Logbook, answer: Any, hint: str) -> None:
+    async with bench(answer) as it:
+        visitor = await it.visit()
+        await visitor.ask("hello")
+    (line,) = logged(logbook)
+    assert hint in line
+
+
 @pytest.mark.parametrize("answer", [yields_none, returns_none, returns_list, returns_bytes, returns_function])
 @virtual
 async def test_a_wrong_answer_as_a_whole_fails_the_reply_and_is_logged_naming_the_answerer(
