@@ -924,15 +924,26 @@ async def _ask(answer: _Answerer, chat: Chat) -> AsyncIterator[str | Source]:
         return _once(pieces)
     if isinstance(pieces, AsyncIterable):
         return aiter(cast("_Pieces", pieces))
+    missing = "an `await`" if inspect.isawaitable(pieces) else "a `yield`"
     raise _WrongAnswerError(
-        f"it returned {type(pieces).__name__}, neither str nor an async iterable: is a yield missing?"
+        f"it returned {type(pieces).__name__}, neither str nor an async iterable: is {missing} missing?"
     )
 
 
 def _as_source(piece: object) -> Source:
     if isinstance(piece, Source) and _is_text(piece.url) and _is_text(piece.title):
         return Source(_whole(piece.url), _whole(piece.title))
-    raise _WrongAnswerError(f"it yielded {type(piece).__name__}, which is neither str nor a Source of two str")
+    what = f"{type(piece).__name__}, which is neither str nor a Source of two str"
+    raise _WrongAnswerError(f"it yielded {what}{_hint(piece)}")
+
+
+def _hint(piece: object) -> str:
+    """Say what whoever wrote the answerer probably forgot."""
+    if piece is None:
+        return "; leave out pieces without words, as in `if text: yield text`"
+    if inspect.isawaitable(piece):
+        return "; is an `await` missing?"
+    return "; yield its pieces one by one, with `async for`" if isinstance(piece, AsyncIterable) else ""
 
 
 async def _once(text: str) -> AsyncIterator[str]:
@@ -1461,7 +1472,8 @@ class _Conversation:
     def _remember(self, talk: _Talk | None, answer: _Answer) -> None:
         if talk is not None and not self.is_over:
             earlier, question = talk
-            said = (Message(role="assistant", content=answer.text),) if answer.text else ()
+            # A message of white space alone is refused by Anthropic's API, and with it every talk that it is part of.
+            said = (Message(role="assistant", content=answer.text),) if answer.text.strip() else ()
             self._desk.pads.keep(self.row.id, (*earlier, (question, *said)))
 
     # Coming back after a drop.
@@ -2066,7 +2078,7 @@ class ChatSessionPlugin(InitPlugin):
         app_config.route_handlers.extend((token, socket, plain))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
-        cast("Any", app_config).lifespan.append(self._lifespan)
+        app_config.plugins.append(_Drain(self._lifespan))
         return app_config
 
     def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
@@ -2275,6 +2287,20 @@ class ChatSessionPlugin(InitPlugin):
         except Exception as error:  # noqa: BLE001 - the host's code
             _log.error("the greeting failed, so the default one is used: %s", _tell(error))
             return str(ChatSessionConfig.greeting)
+
+
+class _Drain(InitPlugin):
+    """Registers the lifespan late, since plugins before ours may have brought more, which open and close the database.
+
+    Litestar runs plugins in order, those that are added meanwhile at the end, and closes in the opposite order.
+    """
+
+    def __init__(self, lifespan: Callable[[Litestar], contextlib.AbstractAsyncContextManager[None]]) -> None:
+        self._lifespan = lifespan
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        cast("Any", app_config).lifespan.append(self._lifespan)
+        return app_config
 
 
 def _cors(origin: str | None, allowed: Sequence[str]) -> dict[str, str]:

@@ -37,6 +37,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, ParamSpec, Self, cast
@@ -4579,6 +4580,36 @@ async def returns_function(_chat: Chat) -> Any:
     return two_words
 
 
+async def returns_coroutine(chat: Chat) -> Any:
+    return a_text(chat)
+
+
+async def yields_coroutine(chat: Chat) -> AsyncIterator[Any]:
+    yield a_text(chat)
+
+
+async def yields_stream(chat: Chat) -> AsyncIterator[Any]:
+    yield two_words(chat)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'a_text' was never awaited:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        *((returns_none, "is a `yield` missing?"), (returns_list, "is a `yield` missing?")),
+        *((returns_coroutine, "is an `await` missing?"), (yields_coroutine, "is an `await` missing?")),
+        *((yields_none, "`if text: yield text`"), (yields_stream, "`async for`")),
+    ],
+)
+@virtual
+async def test_the_log_says_what_an_answerer_probably_forgot(logbook: Logbook, answer: Any, hint: str) -> None:
+    async with bench(answer) as it:
+        visitor = await it.visit()
+        await visitor.ask("hello")
+    (line,) = logged(logbook)
+    assert hint in line
+
+
 @pytest.mark.parametrize("answer", [yields_none, returns_none, returns_list, returns_bytes, returns_function])
 @virtual
 async def test_a_wrong_answer_as_a_whole_fails_the_reply_and_is_logged_naming_the_answerer(
@@ -5699,6 +5730,10 @@ async def no_lifespan(_app: Litestar) -> AsyncIterator[None]:
     yield
 
 
+class Nothing(InitPlugin):
+    """A plugin of the host's."""
+
+
 @get("/home")
 async def home() -> str:
     return "home"
@@ -5708,6 +5743,7 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     config = AppConfig(
         route_handlers=[home],
         lifespan=[no_lifespan],
+        plugins=[Nothing()],
         csrf_config=CSRFConfig(secret="s" * 32),
         cors_config=CORSConfig(allow_origins=["https://friend.example"]),
         compression_config=CompressionConfig(backend="gzip"),
@@ -5727,7 +5763,7 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     assert after is config
     for name in names:
         assert getattr(after, name) is before[name], f"{name} was replaced"
-        if name in {"route_handlers", "lifespan"}:
+        if name in {"route_handlers", "plugins"}:
             assert list(getattr(after, name))[:1] == copies[name]
             assert len(getattr(after, name)) == (5 if name == "route_handlers" else 2)
         elif isinstance(before[name], (list, dict)):
@@ -7849,29 +7885,75 @@ def blocks_of_the_readme() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(blocks_of_the_readme())))
-def test_each_python_block_of_the_readme_is_an_app_that_chats(
-    number: int, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+#: Each Python block of the README, by a phrase that no other has, and the test (`test_...`) that runs it as it stands.
+BLOCKS: dict[str, str] = {
+    'f"You wrote: {chat.message}"': "a_block_of_the_readme_is_an_app_that_chats",
+    "Stand in for the client of your model": "a_block_of_the_readme_is_an_app_that_chats",
+    "AsyncOpenAI()": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
+    "AsyncAnthropic()": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
+    "from pydantic_ai import": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
+    "FakeListChatModel(": "the_langchain_recipe_streams_and_a_stop_closes_its_model",
+    "ANSWERS = {": "the_recipe_without_a_model_looks_up_and_cites",
+    "SQLAlchemyAsyncConfig(": "the_database_recipe_opens_a_session_for_each_question",
+    "class Table(dict": "a_block_of_the_readme_is_an_app_that_chats",
+    "FileStore(ROWS)": "a_block_of_the_readme_is_an_app_that_chats",
+    "RedisStore.with_client": "a_block_of_the_readme_is_an_app_that_chats",
+    "POLICY = (": "a_block_of_the_readme_is_an_app_that_chats",
+}
+
+
+def blocks_run_by(test: str) -> list[str]:
+    return [phrase for phrase, name in BLOCKS.items() if name == test]
+
+
+def test_no_python_block_of_the_readme_is_left_without_a_test() -> None:
+    found = [[phrase for phrase in BLOCKS if phrase in block] for block in blocks_of_the_readme()]
+    assert sorted(found) == sorted([phrase] for phrase in BLOCKS)
+    assert [name for name in BLOCKS.values() if not callable(globals().get(f"test_{name}"))] == []
+
+
+@pytest.fixture
+def run_block(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], types.ModuleType]:
+    """Return a function that runs the README's block with a phrase in it, and returns it as a module."""
     monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
-    monkeypatch.setenv("REDIS_URL", redis_server.url)
     monkeypatch.setenv("CHAT_ROWS", str(tmp_path / "rows"))
     monkeypatch.chdir(tmp_path)
-    module = types.ModuleType(f"readme_{number}")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(blocks_of_the_readme()[number], module.__name__, "exec"), module.__dict__)
 
-    async def scenario() -> str:
-        it = bench_of(module.app)
-        async with it.app.lifespan(), it.client:
-            visitor = await it.visit()
+    def run(phrase: str) -> types.ModuleType:
+        if "REDIS_URL" in (block := next(block for block in blocks_of_the_readme() if phrase in block)):
+            monkeypatch.setenv("REDIS_URL", request.getfixturevalue("redis_server").url)
+        module = types.ModuleType("readme")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(block, module.__name__, "exec"), module.__dict__)
+        return module
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def visitor_of(app: Litestar) -> AsyncIterator[Visitor]:
+    """Visit an app that is made already, and say goodbye."""
+    it = bench_of(app)
+    async with it.app.lifespan(), it.client:
+        visitor = await it.visit()
+        yield visitor
+        visitor.send("end")
+        await visitor.ended()
+
+
+@pytest.mark.parametrize("phrase", blocks_run_by("a_block_of_the_readme_is_an_app_that_chats"))
+def test_a_block_of_the_readme_is_an_app_that_chats(run_block: Callable[[str], types.ModuleType], phrase: str) -> None:
+    module = run_block(phrase)
+
+    async def scenario() -> None:
+        async with visitor_of(module.app) as visitor:
             told = await visitor.ask("hello there")
+            assert told.text
             assert told.end == {"type": "finish"}
-            visitor.send("end")
-            await visitor.ended()
-            return told.text
 
-    assert asyncio.run(scenario())
+    asyncio.run(scenario())
 
 
 def test_each_row_of_the_readmes_table_of_faults_names_a_test_that_exists() -> None:
@@ -7938,6 +8020,426 @@ def test_thousands_of_visits_leave_a_server_as_it_was(tmp_path: Path) -> None:
         after = memory(server)
         assert after < before * 1.1 + 2048, f"{before} kB before {visits} visits, {after} kB after"
         check_log(server)
+
+
+# ---- Recipes: answerers ----------------------------------------------------------------------------------------------
+# The README's blocks as they stand, with the real packages; only the model's end of the line is ours.
+
+TOLD = "We ship on Mondays. "
+MODELS = blocks_run_by("a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is")
+
+
+def openai_events(words: Iterable[str]) -> list[str]:
+    """Stream *words* as `POST /v1/chat/completions` does, with its role, its end and its usage."""
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "a-model"}
+    deltas: list[Frame] = [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]
+    choices = [{"index": 0, "delta": each, "finish_reason": None if each else "stop"} for each in deltas]
+    usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+    frames = [*({**head, "choices": [choice]} for choice in choices), {**head, **usage}]
+    return [*(f"data: {json.dumps(frame)}\n\n" for frame in frames), "data: [DONE]\n\n"]
+
+
+def anthropic_events(words: Iterable[str]) -> list[str]:
+    """Stream *words* as `POST /v1/messages` does."""
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "a-model", "content": []}
+    usage = {"input_tokens": 1, "output_tokens": 1}
+    block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    frames: list[Frame] = [
+        {"type": "message_start", "message": {**message, "stop_reason": None, "stop_sequence": None, "usage": usage}},
+        *(block, {"type": "ping"}),
+        *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in words),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage},
+        {"type": "message_stop"},
+    ]
+    return [f"event: {frame['type']}\ndata: {json.dumps(frame)}\n\n" for frame in frames]
+
+
+#: What a stream says that goes wrong in its middle.
+BROKEN = {
+    "/v1/chat/completions": 'data: {"error": {"message": "overloaded", "type": "server_error"}}\n\n',
+    "/v1/messages": 'event: error\ndata: {"type": "error", "error": {"type": "overloaded_error", "message": "no"}}\n\n',
+}
+EVENTS = {"/v1/chat/completions": openai_events, "/v1/messages": anthropic_events}
+
+
+class Model(ThreadingHTTPServer):
+    """The HTTP endpoint of a model. It can fall silent, before the first word or after some, and go wrong."""
+
+    daemon_threads = False  # so that closing waits for what is under way
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Inference)
+        self.words = [f"{word} " for word in TOLD.split()]
+        self.manner: Literal["", "silent", "hesitant", "500", "429", "broken", "cut"] = ""
+        self.asked: list[Frame] = []
+        self.hung_up = threading.Event()
+
+    @property
+    def messages(self) -> list[Any]:
+        """What the model was last sent: each text as plain as it was, without the system's."""
+        sent = [(each["role"], text) for each in self.asked[-1]["messages"] for text in texts_of(each["content"])]
+        return [{"role": role, "content": text} for role, text in sent if role != "system"]
+
+    async def until_hung_up(self) -> None:
+        assert await asyncio.to_thread(self.hung_up.wait, 30)
+
+
+def texts_of(content: str | list[Frame]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
+
+
+class Inference(BaseHTTPRequestHandler):
+    """One request to a model."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+
+    @property
+    def model(self) -> Model:
+        return cast("Model", self.server)
+
+    @property
+    def route(self) -> str:
+        return urlsplit(self.path).path
+
+    def do_POST(self) -> None:
+        model = self.model
+        model.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        assert self.headers["Authorization"] == "Bearer a-key" or self.headers["X-Api-Key"] == "a-key"
+        if not self.is_acceptable():
+            self.refuse(400)
+        elif model.manner in {"500", "429"}:
+            self.refuse(int(model.manner))
+        elif model.manner == "silent":
+            self.wait_for_hang_up()
+        else:
+            self.stream(EVENTS[self.route](model.words), model.manner)
+
+    def is_acceptable(self) -> bool:
+        """Check what Anthropic refuses: a talk that the model opens, and a message without a word."""
+        messages = self.model.messages
+        return messages[0]["role"] == "user" and all(each["content"].strip() for each in messages)
+
+    def refuse(self, status: int) -> None:
+        body = json.dumps({"type": "error", "error": {"type": "api_error", "message": "no"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Retry-After-Ms", "1")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, events: list[str], manner: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for event in events if not manner else events[:5]:
+            self.write(event)
+        if manner == "hesitant":
+            self.wait_for_hang_up()
+        elif manner == "broken":
+            self.write(BROKEN[self.route])
+        if manner != "cut":
+            self.write("")
+
+    def write(self, event: str) -> None:
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event.encode()), event.encode()))
+
+    def wait_for_hang_up(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):
+            assert self.connection.recv(1) == b""
+        self.model.hung_up.set()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing on stderr."""
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    with Model() as server:
+        thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01))
+        thread.start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "a-key")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("phrase", MODELS)
+def test_a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is(
+    run_block: Callable[[str], types.ModuleType], model: Model, phrase: str
+) -> None:
+    async def scenario() -> None:
+        async with visitor_of(run_block(phrase).app) as visitor:
+            for question in ("do you ship?", "how long does it take?"):
+                told = await visitor.ask(question)
+                assert (told.text, told.end) == (TOLD, {"type": "finish"})
+
+    asyncio.run(scenario())
+    assert len(model.asked) == 2
+    assert model.asked[1]["stream"] is True
+    assert "You answer for a small shop." in json.dumps(model.asked[1])
+    assert model.messages == [
+        {"role": "user", "content": "do you ship?"},
+        {"role": "assistant", "content": TOLD},
+        {"role": "user", "content": "how long does it take?"},
+    ]
+
+
+@pytest.mark.parametrize("manner", ["silent", "hesitant"])
+@pytest.mark.parametrize("phrase", MODELS)
+def test_a_stop_hangs_up_on_the_model_and_the_next_question_is_answered(
+    run_block: Callable[[str], types.ModuleType],
+    model: Model,
+    phrase: str,
+    manner: Literal["silent", "hesitant"],
+) -> None:
+    async def scenario() -> str:
+        async with visitor_of(run_block(phrase).app) as visitor:
+            model.manner = manner
+            visitor.say("do you ship?")
+            await visitor.next("start" if manner == "silent" else "text-delta")
+            while not model.asked:
+                await asyncio.sleep(0.01)
+            visitor.send("stop")
+            assert (await visitor.next("abort"))["reason"] == "stopped"
+            await model.until_hung_up()
+            model.manner = ""
+            assert (await visitor.ask("to Canada?")).text == TOLD
+            return visitor.replies[0].text
+
+    said = asyncio.run(scenario())
+    assert bool(said) == (manner == "hesitant")
+    assert TOLD.startswith(said)
+    assert model.messages == [
+        {"role": "user", "content": "do you ship?"},
+        *([{"role": "assistant", "content": said}] if said else []),
+        {"role": "user", "content": "to Canada?"},
+    ]
+
+
+@pytest.mark.parametrize("manner", ["500", "429", "broken", "cut"])
+@pytest.mark.parametrize("phrase", MODELS)
+def test_a_model_that_fails_ends_the_reply_with_a_friendly_text_and_leaves_no_turn(
+    run_block: Callable[[str], types.ModuleType],
+    model: Model,
+    log: Log,
+    phrase: str,
+    manner: Literal["500", "429", "broken", "cut"],
+) -> None:
+    async def scenario() -> None:
+        async with visitor_of(run_block(phrase).app) as visitor:
+            model.manner = manner
+            told = await visitor.ask("do you ship?")
+            assert told.end == {"type": "error", "errorText": chat_session._ERROR_TEXT}
+            model.manner = ""
+            assert (await visitor.ask("to Canada?")).text == TOLD
+
+    asyncio.run(scenario())
+    assert model.messages == [{"role": "user", "content": "to Canada?"}]
+    (line,) = log.errors
+    assert "answer failed on reply" in line
+
+
+@virtual
+async def test_whatever_becomes_of_its_turns_a_scratchpad_begins_with_the_visitor_and_has_no_message_without_a_word(
+    log: Log,
+) -> None:
+    """As Anthropic wants it; what follows on a refused message would be refused as well."""
+    script = Script()
+    fates = ("finished", "stopped", "stopped early", "stopped on a space", "failed", "silent")
+    async with bench(script, settings(scratchpad_turns=3, messages_per_minute=10_000)) as it:
+        visitor = await it.visit()
+        for number, fate in enumerate(itertools.chain(*itertools.product(fates, repeat=3))):
+            visitor.say(f"question {number}")
+            await visitor.next("start")
+            match fate:
+                case "finished":
+                    script.say("some ", "words", None)
+                case "stopped":
+                    script.say("some ")
+                case "stopped on a space":
+                    script.say("\n\n")
+                case "failed":
+                    script.say("some ", RuntimeError())
+                case "silent":
+                    script.say(None)
+            if fate.startswith("stopped"):
+                await asyncio.sleep(0.1)
+                visitor.send("stop")
+            await visitor.next("finish", "abort", "error")
+    assert log.errors
+    assert len(script.chats) == 3 * 6**3
+    for chat in script.chats:
+        assert chat.messages[0]["role"] == chat.messages[-1]["role"] == "user"
+        assert all(message["content"].strip() for message in chat.messages)
+        assert len(chat.messages) <= 5
+    talks = [[message["role"] for message in chat.messages] for chat in script.chats]
+    assert ["user", "user", "user"] in talks
+    assert ["user", "assistant", "user", "assistant", "user"] in talks
+
+
+def test_the_pydantic_ai_recipe_is_tested_by_its_users_with_the_packages_own_models(
+    run_block: Callable[[str], types.ModuleType], model: Model
+) -> None:
+    from pydantic_ai.models.function import FunctionModel
+    from pydantic_ai.models.test import TestModel
+
+    module, heard = run_block("from pydantic_ai import"), []
+
+    async def repeat(messages: list[Any], _info: Any) -> AsyncIterator[str]:
+        heard.append([part.content for message in messages for part in message.parts])
+        yield "yes, "
+        yield "we do"
+
+    async def scenario(*questions: str) -> list[str]:
+        async with visitor_of(module.app) as visitor:
+            return [(await visitor.ask(question)).text for question in questions]
+
+    with module.agent.override(model=TestModel(custom_output_text="a test's words")):
+        assert asyncio.run(scenario("do you ship?")) == ["a test's words"]
+    with module.agent.override(model=FunctionModel(stream_function=repeat)):
+        assert asyncio.run(scenario("do you ship?", "to Canada?")) == ["yes, we do"] * 2
+    assert heard == [["do you ship?"], ["do you ship?", "yes, we do", "to Canada?"]]
+    assert not model.asked
+
+
+def test_the_langchain_recipe_streams_and_a_stop_closes_its_model(
+    run_block: Callable[[str], types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from langchain_core.language_models import GenericFakeChatModel
+
+    heard: list[list[tuple[str, Any]]] = []
+    closed = asyncio.Event()
+
+    class Hesitant(GenericFakeChatModel):
+        """Says what it is told to say, and then nothing more."""
+
+        async def _astream(self, messages: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            heard.append([(message.type, message.content) for message in messages])
+            try:
+                for chunk in self._stream(messages, *args, **kwargs):
+                    yield chunk
+                await asyncio.Event().wait()
+            finally:
+                closed.set()
+
+    async def scenario() -> None:
+        module = run_block("FakeListChatModel(")
+        async with visitor_of(module.app) as visitor:
+            told = await visitor.ask("do you ship?")
+            assert (told.text, told.end) == ("We ship on Mondays.", {"type": "finish"})
+            assert (await visitor.ask("how long does it take?")).text == "It takes a week."
+            monkeypatch.setattr(module, "model", Hesitant(messages=iter(["to Canada, too"])))
+            visitor.say("where to?")
+            await visitor.until(lambda: visitor.replies[-1].text == "to Canada, too")
+            visitor.send("stop")
+            assert (await visitor.next("abort"))["reason"] == "stopped"
+            await closed.wait()
+
+    asyncio.run(scenario())
+    assert heard == [
+        [
+            ("system", "You answer for a small shop. Be brief."),
+            *(("human", "do you ship?"), ("ai", "We ship on Mondays.")),
+            *(("human", "how long does it take?"), ("ai", "It takes a week.")),
+            ("human", "where to?"),
+        ]
+    ]
+
+
+def test_the_recipe_without_a_model_looks_up_and_cites(run_block: Callable[[str], types.ModuleType]) -> None:
+    async def scenario() -> None:
+        async with visitor_of(run_block("ANSWERS = {").app) as visitor:
+            told = await visitor.ask("What of Shipping?")
+            assert told.text == "We ship to Canada and all of Europe."
+            assert [source["url"] for source in told.sources] == ["https://example.com/shipping"]
+            told = await visitor.ask("hello")
+            assert (told.text, told.sources) == ("I know about shipping and returns.", [])
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture
+def first_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let advanced-alchemy forget earlier apps: it closes only the engine of a process's first configuration."""
+    from advanced_alchemy.extensions.litestar import SQLAlchemyAsyncConfig
+
+    for name in (
+        "_ENGINE_APP_STATE_KEY_REGISTRY",
+        "_SESSIONMAKER_APP_STATE_KEY_REGISTRY",
+        "_SESSION_SCOPE_KEY_REGISTRY",
+    ):
+        monkeypatch.setattr(SQLAlchemyAsyncConfig, name, set[str]())
+
+
+@pytest.mark.usefixtures("first_database")
+def test_the_database_recipe_opens_a_session_for_each_question(run_block: Callable[[str], types.ModuleType]) -> None:
+    module = run_block("SQLAlchemyAsyncConfig(")
+    pool = module.database.get_engine().pool
+
+    async def scenario() -> None:
+        async with visitor_of(module.app) as visitor:
+            assert "tell me the number" in (await visitor.ask("A1")).text
+            async with module.database.get_session() as session:
+                session.add(module.Order(number="A1", state="on its way"))
+                await session.commit()
+            assert pool.checkedout() == 0
+            assert (await visitor.ask(" A1 ")).text == "Your order is on its way."
+            assert (pool.checkedout(), pool.checkedin()) == (0, 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("first_database")
+def test_the_database_closes_after_the_last_reply_though_its_plugin_brings_another_one_along(
+    run_block: Callable[[str], types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = run_block("SQLAlchemyAsyncConfig(")
+    engine, look_up, story = module.database.get_engine(), module.database.get_session, list[str]()
+    heard, goes_on = asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def look_up_late() -> AsyncIterator[Any]:
+        heard.set()
+        await goes_on.wait()
+        async with look_up() as session:
+            yield session
+        story.append("looked up")
+
+    async def scenario() -> None:
+        it = bench_of(module.app)
+
+        async def shut_down_while_a_reply_runs() -> Visitor:
+            async with it.client, it.app.lifespan():
+                visitor = await it.visit()
+                visitor.say("A1")
+                await heard.wait()
+            return visitor
+
+        running = asyncio.create_task(shut_down_while_a_reply_runs())
+        await heard.wait()
+        while not it.desk.is_draining:
+            await asyncio.sleep(0.01)
+        goes_on.set()
+        (told,) = (await running).replies
+        assert told.end == {"type": "finish"}
+
+    monkeypatch.setattr(module.database, "get_session", look_up_late)
+    from sqlalchemy import event
+
+    event.listen(engine.sync_engine, "engine_disposed", lambda _: story.append("closed"))
+    asyncio.run(scenario())
+    assert story == ["looked up", "closed"]
 
 
 WIDGET = Path(__file__).with_name("widget.js")
