@@ -1972,7 +1972,7 @@ class ChatSessionPlugin(InitPlugin):
         app_config.route_handlers.extend((token, socket))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
-        cast("Any", app_config).lifespan.append(self._lifespan)
+        app_config.plugins.append(_DrainPlugin(self._lifespan))
         return app_config
 
     def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
@@ -2147,6 +2147,17 @@ class ChatSessionPlugin(InitPlugin):
         except Exception as error:  # noqa: BLE001 - the host's code
             _log.error("the greeting failed, so the default one is used: %s", _tell(error))
             return str(ChatSessionConfig.greeting)
+
+
+class _DrainPlugin(InitPlugin):
+    """Adds the drain behind the plugins that earlier plugins bring along, as SQLAlchemy's does: the last ends first."""
+
+    def __init__(self, lifespan: Callable[[Litestar], contextlib.AbstractAsyncContextManager[None]]) -> None:
+        self._lifespan = lifespan
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        cast("Any", app_config).lifespan.append(self._lifespan)
+        return app_config
 
 
 def _cors(origin: str | None, allowed: Sequence[str]) -> dict[str, str]:

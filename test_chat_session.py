@@ -5499,14 +5499,52 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     assert after is config
     for name in names:
         assert getattr(after, name) is before[name], f"{name} was replaced"
-        if name in {"route_handlers", "lifespan"}:
-            assert list(getattr(after, name))[:1] == copies[name]
-            assert len(getattr(after, name)) == (4 if name == "route_handlers" else 2)
+        if name in {"route_handlers", "plugins"}:
+            assert list(getattr(after, name))[: len(copies[name])] == copies[name]
+            assert len(getattr(after, name)) - len(copies[name]) == (3 if name == "route_handlers" else 1)
         elif isinstance(before[name], (list, dict)):
             assert getattr(after, name) == contents.get(name, copies[name]), f"{name} was changed"
     assert config.csrf_config == CSRFConfig(secret="s" * 32)
     assert config.cors_config == CORSConfig(allow_origins=["https://friend.example"])
     assert config.compression_config == CompressionConfig(backend="gzip")
+
+
+class Engine(InitPlugin):
+    """Stands for a database, whose lifespan a plugin adds that its plugin adds."""
+
+    def __init__(self, notes: list[str], inner: Engine | None = None) -> None:
+        self.notes = notes
+        self.inner = inner
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        if self.inner is None:
+            cast("Any", app_config).lifespan.append(self.run)
+        else:
+            app_config.plugins.append(self.inner)
+        return app_config
+
+    @contextlib.asynccontextmanager
+    async def run(self, _app: Litestar) -> AsyncIterator[None]:
+        yield
+        self.notes.append("the database is closed")
+
+
+@virtual
+async def test_what_is_listed_before_the_chat_outlives_its_drain_also_where_it_brings_plugins_along() -> None:
+    notes: list[str] = []
+
+    async def save(row: SessionRow) -> None:
+        await asyncio.sleep(1)
+        notes.append(f"saved {row.end_reason}")
+
+    plugin = ChatSessionPlugin(echo, settings(rows=save))
+    it = bench_of(Litestar(plugins=[Engine(notes, Engine(notes)), plugin], openapi_config=None))
+    async with it.app.lifespan(), it.client:
+        visitor = await it.visit()
+        visitor.say("one two three")
+        await visitor.next("text-delta")
+    await visitor.ended()
+    assert notes == ["saved None", "saved restart", "the database is closed"]
 
 
 def test_the_routes_do_not_show_in_the_hosts_openapi_schema() -> None:
