@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import random
 import re
 import secrets
@@ -29,13 +30,14 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -6688,6 +6690,7 @@ class Talk:
     frames: Counter[str] = field(default_factory=Counter)
     previous: str | None = None
     max_on_wire: int = 5
+    base: str = "/chat"
     _token: str = ""
     _current: Shown | None = None
     _whole: Shown | None = None  # what was shown of a reply that is being sent once more
@@ -6752,7 +6755,7 @@ class Talk:
         """Live one connection to its end."""
         self._token = await self._fetch_token()
         protocols = [Subprotocol("chat-session.v1"), Subprotocol(f"token.{self._token}")]
-        address = f"ws://127.0.0.1:{self.port}/chat/socket"
+        address = f"ws://127.0.0.1:{self.port}{self.base}/socket"
         options: dict[str, Any] = {"compression": None, "ping_interval": None, "proxy": None, "close_timeout": 0.1}
         async with connect(address, subprotocols=protocols, **options) as self._socket:
             try:
@@ -6770,7 +6773,7 @@ class Talk:
     async def _fetch_token(self) -> str:
         fields = {} if self.previous is None else {"previous": self.previous}
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
-            answer = await client.post(f"http://127.0.0.1:{self.port}/chat/token", data=fields, timeout=PATIENCE)
+            answer = await client.post(f"http://127.0.0.1:{self.port}{self.base}/token", data=fields, timeout=PATIENCE)
         if answer.status_code != 201:
             raise Gone(answer.status_code)
         return str(answer.json()["token"])
@@ -7005,7 +7008,6 @@ from typing import Any
 
 from granian.utils.proxies import wrap_asgi_with_proxy_headers
 from litestar import Litestar, Request, get
-from litestar.stores.file import FileStore
 from litestar.stores.redis import RedisStore
 
 from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin
@@ -7643,6 +7645,392 @@ def test_a_rolling_restart_of_two_workers_under_load_loses_nothing(
                 check_whole_and_once(talk, started)
 
 
+# ---- Recipes: hosts --------------------------------------------------------------------------------------------------
+
+
+def block_of_the_readme(phrase: str) -> str:
+    """Find the one Python block that has *phrase* in it."""
+    (block,) = [each for each in blocks_of_the_readme() if phrase in each]
+    return block
+
+
+def run_block(monkeypatch: pytest.MonkeyPatch, block: str, name: str) -> types.ModuleType:
+    """Execute *block* as a module of its own."""
+    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(block, name, "exec"), module.__dict__)
+    return module
+
+
+#: Keeps the rows of a block that keeps none itself, where the test can read them; the block stays as it is.
+KEEP_ROWS = """
+from pathlib import Path
+
+import msgspec
+from MODULE import TARGET as app, chat
+from chat_session import ChatSessionPlugin, SessionRow
+
+
+async def save(row: SessionRow) -> None:
+    with Path("rows.jsonl").open("ab") as rows:
+        rows.write(msgspec.json.encode(row) + b"\\n")
+
+
+plugin = chat if isinstance(chat, ChatSessionPlugin) else chat.plugins.get(ChatSessionPlugin)
+if plugin.config.rows is None:
+    object.__setattr__(plugin.config, "rows", save)
+"""
+
+
+@dataclass
+class Site(Server):
+    """A real server process that serves one block of the README."""
+
+    block: str = ""
+    module: str = "block"
+    target: str = "app"
+    base: str = "/chat"
+    arguments: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        """Start the server, and wait until it answers."""
+        (self.folder / f"{self.module.replace('.', '/')}.py").write_text(self.block)
+        (self.folder / "app.py").write_text(KEEP_ROWS.replace("MODULE", self.module).replace("TARGET", self.target))
+        paths = os.pathsep.join([str(HERE), str(self.folder)])
+        names = {"CHAT_SESSION_SECRET": SECRET, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **self.names}
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*_command(self.kind, self.port), *self.arguments],
+                cwd=self.folder, env={**os.environ, **names}, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            wait_until(self._answers, f"{self.kind} answers")
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def count(self) -> dict[str, Any]:
+        """Ask for the widget: the blocks count nothing."""
+        reply = httpx.get(f"http://127.0.0.1:{self.port}{self.base}/widget.js", timeout=PATIENCE)
+        return {"widget": reply.content} if reply.status_code == 200 else {}
+
+
+async def stopped_in_the_middle(site: Site, words: int) -> SessionRow:
+    """Have *site* shut down while a reply of so many words runs, and tell what was saved last."""
+    async with Talk(site.port, base=site.base) as talk:
+        await talk.say(numbered(words))
+        await talk.until(lambda: has_begun(talk))
+        _, code = await asyncio.to_thread(site.terminate)
+        assert code in {0, -signal.SIGTERM}, site.log()
+        return msgspec.convert(site.rows()[talk.sessions[0]][-1], SessionRow)
+
+
+def numbered(words: int) -> str:
+    return " ".join(map(str, range(words)))
+
+
+def written(text: str) -> str:
+    """What the blocks' answerers say to *text*."""
+    return f"You wrote: {text} "
+
+
+# ---- Recipes: rows in a database ----
+
+
+def find_postgres(name: str) -> str:
+    """Find a program of PostgreSQL's newest version, which Debian keeps out of PATH."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name), reverse=True)
+    program = shutil.which(name, path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
+    if program is None:
+        missing(f"{name} of PostgreSQL")
+    return str(program)
+
+
+class Postgres:
+    """A real PostgreSQL in a folder of its own, which nobody but this machine can reach."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.port = free_port()
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            names = {each.pw_name: each for each in pwd.getpwall()}
+            user = names.get("postgres") or names["nobody"]
+            self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        command = [find_postgres("initdb"), *options, "-D", str(self.data)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=PATIENCE, **self._as)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+asyncpg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = ["-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-F"]
+        command = [find_postgres("postgres"), *options, "-D", str(self.data)]
+        with self._log.open("ab") as log:
+            self._process = cast("Any", subprocess.Popen)(
+                command, cwd=self.data.parent, stdout=log, stderr=log, **self._as
+            )
+        wait_until(self._answers, "postgres answers")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        command = [find_postgres("pg_isready"), "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE).returncode == 0
+
+    def stop(self) -> None:
+        """Stop at once, and hang up on everybody."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(PATIENCE)
+            self._process = None
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """Run a PostgreSQL where its own user may go, which the tests' folder is not."""
+    find_postgres("initdb")
+    with tempfile.TemporaryDirectory(prefix="chat_postgres_") as folder:
+        server = Postgres(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres").url)
+    return f"sqlite+aiosqlite:///{tmp_path}/shop.db"
+
+
+def shop_with(url: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Run the block about rows on the database at *url*; the registry of models is one for all in a process."""
+    registry = pytest.importorskip("advanced_alchemy.base").orm_registry
+    if "chat_row" in registry.metadata.tables:
+        registry.metadata.remove(registry.metadata.tables["chat_row"])
+    monkeypatch.setenv("DATABASE_URL", url)
+    return run_block(monkeypatch, block_of_the_readme("class ChatRow"), f"shop_{secrets.token_hex(4)}")
+
+
+@contextlib.asynccontextmanager
+async def open_shop(shop: types.ModuleType) -> AsyncIterator[Bench]:
+    """Run the app of the block about rows; advanced-alchemy 1 lets go of the first engine of a process only."""
+    it = bench_of(shop.app)
+    async with it.client:
+        async with shop.app.lifespan():
+            yield it
+        await shop.database.get_engine().dispose()
+
+
+async def saved_in(url: str) -> dict[str, SessionRow]:
+    """Read all rows that are in the database, by a connection of our own."""
+    sqlalchemy, engine = pytest.importorskip("sqlalchemy"), pytest.importorskip("sqlalchemy.ext.asyncio")
+    database = engine.create_async_engine(url)
+    async with database.connect() as connection:
+        found = (await connection.execute(sqlalchemy.text("SELECT id, row FROM chat_row"))).all()
+    await database.dispose()
+    assert len({each.id for each in found}) == len(found)
+    return {each.id: msgspec.json.decode(each.row, type=SessionRow) for each in found}
+
+
+async def until_saved(url: str, visitor: Visitor, true: Callable[[SessionRow], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not true((await saved_in(url))[session_of(visitor)]):
+            await asyncio.sleep(0.02)
+
+
+def test_a_row_comes_back_from_a_database_as_it_was_however_often_it_is_saved(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = datetime(2026, 3, 29, 1, 30, 0, 123456, UTC)
+    text = "caf\u00e9 \U0001fad6 \x00 \"'\\ <b>\n\u2028"
+    replies = [None, *(Reply("r", "m", text, [Source("https://a.example/?b=c", text)], "finished") for _ in range(2))]
+    rows = [SessionRow(id=secrets.token_urlsafe(16), started_at=began, reply=reply) for reply in replies]
+    rows[2] = msgspec.structs.replace(
+        rows[2], ended_at=began + timedelta(hours=1), end_reason="dropped", turns=7, visitor="caf\u00e9"
+    )
+
+    async def scenario() -> None:
+        shop = shop_with(database_url, monkeypatch)
+        async with open_shop(shop):
+            table = shop.chat.config.rows
+            for row in rows:
+                assert await table.load(row.id) is None
+                for turns in (0, row.turns, row.turns):
+                    await table.save(msgspec.structs.replace(row, turns=turns))
+                assert await table.load(row.id) == row
+                assert (await table.load(row.id)).started_at.tzinfo == UTC
+            assert {row.id: row for row in rows}.items() <= (await saved_in(database_url)).items()
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_that_a_drop_cut_short_is_carried_by_another_app_on_the_same_database(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        one, two = (shop_with(database_url, monkeypatch) for _ in range(2))
+        async with open_shop(one) as here, open_shop(two) as there:
+            first = await here.visit()
+            first.say("hello out there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            await until_saved(database_url, first, lambda row: row.reply is not None and row.reply.status == "finished")
+            there.tokens.update(here.tokens)
+            second = await there.visit(first)
+            second.say("hello out there", "a")
+            await second.next("finish")
+            second.say("and on", "b")
+            await second.next("finish")
+            assert [told.text for told in second.replies] == [written("hello out there"), written("and on")]
+            assert second.replies[0].id == first.replies[0].id
+            await until_saved(database_url, first, lambda row: row.reply is None)
+            second.send("end")
+            await second.ended()
+            await until_saved(database_url, second, lambda row: row.ended_at is not None)
+        rows = await saved_in(database_url)
+        assert (rows[session_of(first)].end_reason, rows[session_of(first)].turns) == ("dropped", 1)
+        assert (rows[session_of(second)].end_reason, rows[session_of(second)].turns) == ("visitor", 1)
+
+    asyncio.run(scenario())
+
+
+def test_the_last_save_of_each_of_many_sessions_is_the_one_that_a_database_keeps(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async def come_and_go(it: Bench, number: int) -> Visitor:
+            visitor = await it.visit()
+            if number % 2:
+                await visitor.ask("hi")
+            visitor.send("end")
+            await visitor.ended()
+            return visitor
+
+        async with open_shop(shop_with(database_url, monkeypatch)) as it:
+            visitors = await asyncio.gather(*(come_and_go(it, number) for number in range(20)))
+        rows = await saved_in(database_url)
+        for number, visitor in enumerate(visitors):
+            row = rows[session_of(visitor)]
+            assert (row.end_reason, row.turns) == ("visitor", number % 2)
+
+    asyncio.run(scenario())
+
+
+def site_with_store(url: str) -> Callable[[], tuple[Bench, Any]]:
+    """Make apps that keep their rows in advanced-alchemy's own store, in one table, and tell their engines too."""
+    alchemy = pytest.importorskip("advanced_alchemy.extensions.litestar")
+    base, store = (pytest.importorskip(f"advanced_alchemy.{each}") for each in ("base", "extensions.litestar.store"))
+    name = f"chats_{secrets.token_hex(4)}"
+    model = type(name, (store.StoreModelMixin, base.UUIDv7Base), {"__tablename__": name})
+
+    def make() -> tuple[Bench, Any]:
+        database = alchemy.SQLAlchemyAsyncConfig(connection_string=url, create_all=True)
+        plugin = ChatSessionPlugin(echo, settings(rows=store.SQLAlchemyStore(database, model=model, namespace="chat")))
+        plugins = [alchemy.SQLAlchemyPlugin(config=database), plugin]
+        return bench_of(Litestar(plugins=plugins, openapi_config=None)), database.get_engine()
+
+    return make
+
+
+def test_a_store_in_the_database_hands_over_a_reply_that_is_still_being_written(database_url: str) -> None:
+    async def scenario() -> None:
+        make = site_with_store(database_url)
+        (one, engine), (two, other) = make(), make()
+        async with one.client, two.client:
+            async with one.app.lifespan(), two.app.lifespan():
+                first = await one.visit()
+                first.say(numbered(20), "a")
+                await first.next("text-delta")
+                await first.lose()
+                two.tokens.update(one.tokens)
+                second = await two.visit(first)
+                await second.next("finish")
+                assert second.replies[0].text == numbered(20) + " "
+                assert second.replies[0].id == first.replies[0].id
+                assert len(second.of("text-delta")) > 1
+                second.send("end")
+                await second.ended()
+            await asyncio.gather(engine.dispose(), other.dispose())
+
+    asyncio.run(scenario())
+
+
+def test_a_database_that_is_down_breaks_no_chat_and_gets_its_rows_again_when_it_is_back(
+    own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    async def scenario() -> None:
+        async with open_shop(shop_with(own_postgres.url, monkeypatch)) as it:
+            early = await it.visit()
+            await early.ask("before")
+            await asyncio.to_thread(own_postgres.stop)
+            first = await it.visit()
+            first.say("hello there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            second = await it.visit(first)
+            await second.next("finish")
+            assert second.replies[0].text == written("hello there")
+            assert (await early.ask("meanwhile")).text == written("meanwhile")
+            async with asyncio.timeout(PATIENCE):
+                while not log.errors:
+                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(own_postgres.start)
+            for visitor in (early, second):
+                visitor.send("end")
+                await visitor.ended()
+        rows = await saved_in(own_postgres.url)
+        assert [rows[session_of(each)].end_reason for each in (early, second)] == ["visitor", "visitor"]
+        assert [rows[session_of(each)].turns for each in (early, second)] == [2, 0]
+        assert len(log.errors) == 1
+        assert "hello" not in log.errors[0]
+        assert "rows are saved again" in log.ours
+
+    asyncio.run(scenario())
+
+
+def test_a_deploy_saves_the_rows_before_the_database_is_let_go(database_url: str, tmp_path: Path) -> None:
+    block = block_of_the_readme("class ChatRow")
+    with Site("uvicorn", tmp_path, block=block, names={"DATABASE_URL": database_url}) as site:
+
+        async def scenario() -> Talk:
+            async with Talk(site.port) as talk:
+                await talk.say(numbered(30))
+                await talk.until(lambda: has_begun(talk))
+                await asyncio.to_thread(site.terminate)
+                return talk
+
+        talk = asyncio.run(scenario())
+        row = asyncio.run(saved_in(database_url))[talk.sessions[0]]
+        assert row.reply is not None
+        assert (row.end_reason, row.reply.status, row.turns) == ("restart", "finished", 1)
+        assert row.reply.text == written(numbered(30))
+        check_log(site)
+
+
 # ---- The demo, the README and a long life ----------------------------------------------------------------------------
 
 
@@ -7659,7 +8047,13 @@ def blocks_of_the_readme() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(blocks_of_the_readme())))
+def plain_blocks_of_the_readme() -> list[int]:
+    """The blocks that are a Litestar app and need nothing else; the others have tests of their own."""
+    blocks = enumerate(blocks_of_the_readme())
+    return [number for number, block in blocks if "app = Litestar(" in block and "advanced_alchemy" not in block]
+
+
+@pytest.mark.parametrize("number", plain_blocks_of_the_readme())
 def test_each_python_block_of_the_readme_is_an_app_that_chats(
     number: int, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
