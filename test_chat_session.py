@@ -8031,6 +8031,122 @@ def test_a_deploy_saves_the_rows_before_the_database_is_let_go(database_url: str
         check_log(site)
 
 
+# ---- Recipes: sign-in ----
+
+
+async def sign_in(client: httpx.AsyncClient, user: str | None) -> None:
+    if user is not None:
+        assert (await client.post("/sign-in", json={"user": user})).status_code == 201
+
+
+async def open_chat(client: httpx.AsyncClient, previous: str | None = None) -> tuple[str, ClientConnection]:
+    """Fetch a token with the cookies that *client* has, and open a socket, which has none."""
+    reply = await client.post("/chat/token", data={} if previous is None else {"previous": previous})
+    assert reply.status_code == 201, reply.text
+    token = str(reply.json()["token"])
+    return token, await dial_socket(client.base_url.port or 0, token)
+
+
+async def ask_over(socket: ClientConnection, message_id: str) -> list[Frame]:
+    """Ask for the orders, and return every frame up to the end of the reply to just that."""
+    await socket.send(json.dumps({"type": "message", "id": message_id, "text": "What did I order?"}))
+    frames: list[Frame] = []
+    starts: list[str] = []
+    async with asyncio.timeout(PATIENCE):
+        while not (frames and frames[-1]["type"] == "finish" and starts[-1] == message_id):
+            frames.append(json.loads(await socket.recv()))
+            starts += [each["messageMetadata"]["inReplyTo"] for each in frames[-1:] if each["type"] == "start"]
+    return frames
+
+
+def words_in(frames: list[Frame]) -> str:
+    return "".join(frame.get("delta", "") for frame in frames)
+
+
+def test_the_row_carries_who_is_signed_in_and_the_answerer_finds_what_they_ordered(tmp_path: Path) -> None:
+    orders = {
+        "ann": "Your orders: a teapot, sent on Monday.",
+        "bob": "Your orders: two cups, on their way.",
+        None: "Sign in, and I can look up your orders.",
+    }
+    with Site("uvicorn", tmp_path, block=block_of_the_readme("SessionAuth")) as site:
+
+        async def chat_as(user: str | None) -> str:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, user)
+                cookies = dict(client.cookies)
+                _, socket = await open_chat(client)
+                frames = await ask_over(socket, "a")
+                assert words_in(frames) == orders[user]
+                await socket.send('{"type": "end"}')
+                await socket.wait_closed()
+                if user is not None:
+                    assert dict(client.cookies) == cookies
+                    assert (await client.post("/sign-out")).status_code == 201
+                    _, socket = await open_chat(client)
+                    assert words_in(await ask_over(socket, "a")) == orders[None]
+                    await socket.close()
+                return str(frames[0]["sessionId"])
+
+        async def scenario() -> dict[str | None, str]:
+            return {user: await chat_as(user) for user in orders}
+
+        sessions = asyncio.run(scenario())
+        rows = site.rows()
+        for user, session in sessions.items():
+            assert [row["visitor"] for row in rows[session]] == [user, user]
+        assert Counter(saved[-1]["visitor"] for saved in rows.values()) == {"ann": 1, "bob": 1, None: 3}
+        check_log(site)
+
+
+def test_what_a_signed_in_visitor_missed_goes_to_nobody_else_and_to_them_when_they_return(tmp_path: Path) -> None:
+    with Site("uvicorn", tmp_path, block=block_of_the_readme("SessionAuth")) as site:
+
+        async def come_with(previous: str, user: str | None) -> list[Frame]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, user)
+                _, socket = await open_chat(client, previous)
+                frames = await ask_over(socket, "b")
+                await socket.close()
+                return frames
+
+        async def scenario() -> dict[str | None, list[Frame]]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, "ann")
+                token, socket = await open_chat(client)
+                await ask_over(socket, "a")
+                socket.transport.abort()
+            return {user: await come_with(token, user) for user in ("bob", None, "ann")}
+
+        frames = asyncio.run(scenario())
+        answered = {
+            user: [each["messageMetadata"]["inReplyTo"] for each in told if each["type"] == "start"]
+            for user, told in frames.items()
+        }
+        assert answered == {"bob": ["b"], None: ["b"], "ann": ["a", "b"]}
+        assert "teapot" not in words_in(frames["bob"]) + words_in(frames[None])
+        assert words_in(frames["ann"]).count("a teapot") == 2
+        check_log(site)
+
+
+def test_nothing_but_the_hosts_session_remembers_who_signed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        module = run_block(monkeypatch, block_of_the_readme("SessionAuth"), "signed_in")
+        it = bench_of(module.app)
+        async with module.app.lifespan(), it.client:
+            await sign_in(it.client, "ann")
+            visitor = await it.visit()
+            assert "teapot" in (await visitor.ask("What did I order?")).text
+            visitor.send("end")
+            await visitor.ended()
+            assert (it.desk.sessions, kept(it), it.desk.past, it.desk.addresses) == ({}, 0, {}, {})
+            [session] = module.app.stores.get("sessions")._store.values()
+            assert json.loads(session.data) == {"user": "ann"}
+            assert list(it.client.cookies) == ["session"]
+
+    asyncio.run(scenario())
+
+
 # ---- The demo, the README and a long life ----------------------------------------------------------------------------
 
 
