@@ -69,6 +69,7 @@ from litestar.middleware.session.server_side import ServerSideSessionBackend, Se
 from litestar.plugins import InitPlugin
 from litestar.response import Response
 from litestar.security.session_auth import SessionAuth
+from litestar.stores.file import FileStore
 from litestar.stores.memory import MemoryStore
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.asyncio.client import ClientConnection, connect
@@ -7008,6 +7009,7 @@ from typing import Any
 
 from granian.utils.proxies import wrap_asgi_with_proxy_headers
 from litestar import Litestar, Request, get
+from litestar.stores.file import FileStore
 from litestar.stores.redis import RedisStore
 
 from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin
@@ -8143,6 +8145,165 @@ def test_nothing_but_the_hosts_session_remembers_who_signed_in(monkeypatch: pyte
             [session] = module.app.stores.get("sessions")._store.values()
             assert json.loads(session.data) == {"user": "ann"}
             assert list(it.client.cookies) == ["session"]
+
+    asyncio.run(scenario())
+
+
+# ---- Recipes: any ASGI host ----
+
+Framework = Literal["FastAPI", "Starlette"]
+FRAMEWORKS: tuple[Framework, ...] = ("FastAPI", "Starlette")
+
+
+def mounting(framework: Framework) -> str:
+    """The README's block for FastAPI, or the same lines with Starlette, as the README says."""
+    block = block_of_the_readme("FastAPI")
+    pytest.importorskip(framework.lower())
+    if framework == "Starlette":
+        block = block.replace("from fastapi import FastAPI", "from starlette.applications import Starlette")
+    return block.replace("FastAPI", framework)
+
+
+@contextlib.contextmanager
+def django_site(folder: Path, *arguments: str) -> Iterator[Site]:
+    """Serve a fresh Django project whose `asgi.py` is the README's."""
+    pytest.importorskip("django")
+    command = [sys.executable, "-m", "django", "startproject", "shop", "."]
+    subprocess.run(command, cwd=folder, check=True, timeout=PATIENCE)
+    block = block_of_the_readme("get_asgi_application")
+    options: dict[str, Any] = {"module": "shop.asgi", "target": "application", "base": "/support/chat"}
+    with Site("uvicorn", folder, block=block, arguments=arguments, **options) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def mounted_site(framework: str, folder: Path, *arguments: str) -> Iterator[Site]:
+    """Serve the README's block for *framework*."""
+    if framework == "Django":
+        with django_site(folder, *arguments) as site:
+            yield site
+    else:
+        block = mounting(cast("Framework", framework))
+        with Site("uvicorn", folder, block=block, base="/support/chat", arguments=arguments) as site:
+            yield site
+
+
+class Guest(Bench):
+    """A bench around a Litestar app that another one has mounted, whose lifespan nobody runs."""
+
+    def __init__(self, app: Any, inner: Litestar) -> None:
+        self.plugin = inner.plugins.get(ChatSessionPlugin)
+        self.app = elsewhere(app, "/support/chat/socket")
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test/support")
+        self.tokens, self.visitors = {}, []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@virtual
+async def test_a_mounted_chat_whose_lifespan_never_runs_talks_sweeps_finishes_and_idles_out(
+    framework: Framework, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = run_block(monkeypatch, mounting(framework), f"on_{framework}")
+    it = Guest(module.app, module.chat)
+    async with it.client:
+        first = await it.visit()
+        assert (await first.ask("one two")).text == written("one two")
+        assert kept(it) == 1
+        await asyncio.sleep(it.plugin.config.scratchpad_ttl + 1)
+        assert kept(it) == 0
+        first.say("three four five", "a")
+        await first.until(lambda: first.replies[-1].in_reply_to == "a" and first.replies[-1].text != "")
+        await first.lose()
+        await asyncio.sleep(2)
+        assert not it.desk.answers
+        second = await it.visit(first)
+        told = await second.ask("three four five", "a")
+        assert (told.text, told.id) == (written("three four five"), first.replies[-1].id)
+        second.send("pong")
+        assert await second.ended() == 1000
+        assert second.of("session-end") == [{"type": "session-end", "reason": "idle"}]
+        assert (it.desk.sessions, kept(it), it.desk.past) == ({}, 0, {})
+
+
+@pytest.mark.parametrize("root_path", ["", "/api"])
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "Django"])
+def test_a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy(
+    framework: str, root_path: str, tmp_path: Path
+) -> None:
+    with mounted_site(framework, tmp_path, *(["--root-path", root_path] if root_path else [])) as site:
+
+        async def through_cuts() -> Talk:
+            async with Proxy(site.port) as proxy:
+                proxy.faults.extend(Fault(after, "reset") for after in (1, 4, 6))
+                async with Talk(proxy.port, base=site.base) as talk:
+                    await talk.say(numbered(20))
+                    await talk.until_answered()
+                    return talk
+
+        talk = asyncio.run(through_cuts())
+        assert talk.shown["m0"].text == written(numbered(20))
+        assert len(talk.reply_ids["m0"]) == 1
+        assert len(talk.sessions) >= 2
+        row = asyncio.run(stopped_in_the_middle(site, 40))
+        assert row.reply is not None
+        assert (row.end_reason, row.reply.status, row.turns) == ("restart", "finished", 1)
+        assert row.reply.text == written(numbered(40))
+        check_log(site)
+
+
+@pytest.mark.parametrize("framework", ["FastAPI", "Django"])
+def test_without_the_lifespan_a_deploy_loses_the_reply_that_runs_and_nothing_before(
+    framework: str, tmp_path: Path
+) -> None:
+    with mounted_site(framework, tmp_path, "--lifespan", "off") as site:
+
+        async def whole() -> Talk:
+            async with Talk(site.port, base=site.base) as talk:
+                await talk.say("hello")
+                await talk.until_answered()
+                return talk
+
+        assert asyncio.run(whole()).shown["m0"].text == written("hello")
+        row = asyncio.run(stopped_in_the_middle(site, 800))
+        assert row.turns == 0
+        assert row.reply is None or row.reply.status in {"streaming", "interrupted"}
+
+
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "Django"])
+def test_a_framework_that_mounts_a_chat_keeps_its_own_pages(framework: str, tmp_path: Path) -> None:
+    own, text = {"FastAPI": ("/docs", "Swagger"), "Starlette": ("/none", "Not Found"), "Django": ("/", "install")}[
+        framework
+    ]
+    with mounted_site(framework, tmp_path) as site:
+        assert text in httpx.get(f"http://127.0.0.1:{site.port}{own}").text
+        assert httpx.get(f"http://127.0.0.1:{site.port}/chat/widget.js").status_code == 404
+        assert site.count()["widget"] == WIDGET.read_bytes()
+
+
+def test_a_store_by_its_name_carries_replies_between_mounted_chats_whose_lifespan_never_runs(tmp_path: Path) -> None:
+    starlette = pytest.importorskip("starlette.applications")
+
+    def mounted() -> Guest:
+        plugin = ChatSessionPlugin(echo, settings(rows="chat"))
+        inner = Litestar(plugins=[plugin], stores={"chat": FileStore(tmp_path / "rows")}, openapi_config=None)
+        app = starlette.Starlette()
+        app.mount("/support", inner)
+        return Guest(app, inner)
+
+    async def scenario() -> None:
+        one, two = mounted(), mounted()
+        async with one.client, two.client:
+            first = await one.visit()
+            first.say("hello out there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            two.tokens.update(one.tokens)
+            second = await two.visit(first)
+            await second.next("finish")
+            assert second.replies[0].text == "hello out there "
+            assert second.replies[0].id == first.replies[0].id
+            second.send("end")
+            await second.ended()
 
     asyncio.run(scenario())
 
@@ -9850,3 +10011,19 @@ def test_the_demo_answers_the_canada_pair_in_a_real_browser(demo: str, browser: 
         expect(page.locator("[part~=sources]").last).to_contain_text("Our shipping", timeout=PATIENCE * 1000)
     assert page.locator("[part~=reply] strong", has_text="Canada").count() == 1
     page.close()
+
+
+@pytest.mark.parametrize("framework", ["FastAPI", "Django"])
+def test_the_widget_finds_a_mounted_chat_from_its_own_address(framework: str, browser: Browser, tmp_path: Path) -> None:
+    with mounted_site(framework, tmp_path) as site:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{site.port}/")
+        page.add_script_tag(url="/support/chat/widget.js")
+        page.get_by_role("button", name="Open chat").click()
+        page.locator("[part~=reply]", has_text="How can I help?").wait_for()
+        page.locator("[part~=input]").fill("hello out there")
+        page.keyboard.press("Enter")
+        expect(page.locator("[part~=reply]").last).to_contain_text(
+            "You wrote: hello out there", timeout=PATIENCE * 1000
+        )
+        page.close()
