@@ -2078,7 +2078,7 @@ class ChatSessionPlugin(InitPlugin):
         app_config.route_handlers.extend((token, socket, plain))
         if self._config.serve_widget:
             app_config.route_handlers.append(_widget_route(f"{base}/widget.js", self._options(app_config)))
-        app_config.plugins.append(_Drain(self._lifespan))
+        app_config.plugins.append(_DrainPlugin(self._lifespan))
         return app_config
 
     def _options(self, app_config: AppConfig, *, is_token: bool = False) -> dict[str, Any]:
@@ -2289,11 +2289,8 @@ class ChatSessionPlugin(InitPlugin):
             return str(ChatSessionConfig.greeting)
 
 
-class _Drain(InitPlugin):
-    """Registers the lifespan late, since plugins before ours may have brought more, which open and close the database.
-
-    Litestar runs plugins in order, those that are added meanwhile at the end, and closes in the opposite order.
-    """
+class _DrainPlugin(InitPlugin):
+    """Adds the drain behind the plugins that earlier plugins bring along, as SQLAlchemy's does: the last ends first."""
 
     def __init__(self, lifespan: Callable[[Litestar], contextlib.AbstractAsyncContextManager[None]]) -> None:
         self._lifespan = lifespan

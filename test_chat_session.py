@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import random
 import re
 import secrets
@@ -29,13 +30,14 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,6 +71,7 @@ from litestar.middleware.session.server_side import ServerSideSessionBackend, Se
 from litestar.plugins import InitPlugin
 from litestar.response import Response
 from litestar.security.session_auth import SessionAuth
+from litestar.stores.file import FileStore
 from litestar.stores.memory import MemoryStore
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.asyncio.client import ClientConnection, connect
@@ -5764,13 +5767,51 @@ def test_the_plugin_adds_its_routes_and_its_drain_and_changes_none_of_the_hosts_
     for name in names:
         assert getattr(after, name) is before[name], f"{name} was replaced"
         if name in {"route_handlers", "plugins"}:
-            assert list(getattr(after, name))[:1] == copies[name]
-            assert len(getattr(after, name)) == (5 if name == "route_handlers" else 2)
+            assert list(getattr(after, name))[: len(copies[name])] == copies[name]
+            assert len(getattr(after, name)) - len(copies[name]) == (4 if name == "route_handlers" else 1)
         elif isinstance(before[name], (list, dict)):
             assert getattr(after, name) == contents.get(name, copies[name]), f"{name} was changed"
     assert config.csrf_config == CSRFConfig(secret="s" * 32)
     assert config.cors_config == CORSConfig(allow_origins=["https://friend.example"])
     assert config.compression_config == CompressionConfig(backend="gzip")
+
+
+class Engine(InitPlugin):
+    """Stands for a database, whose lifespan a plugin adds that its plugin adds."""
+
+    def __init__(self, notes: list[str], inner: Engine | None = None) -> None:
+        self.notes = notes
+        self.inner = inner
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        if self.inner is None:
+            cast("Any", app_config).lifespan.append(self.run)
+        else:
+            app_config.plugins.append(self.inner)
+        return app_config
+
+    @contextlib.asynccontextmanager
+    async def run(self, _app: Litestar) -> AsyncIterator[None]:
+        yield
+        self.notes.append("the database is closed")
+
+
+@virtual
+async def test_what_is_listed_before_the_chat_outlives_its_drain_also_where_it_brings_plugins_along() -> None:
+    notes: list[str] = []
+
+    async def save(row: SessionRow) -> None:
+        await asyncio.sleep(1)
+        notes.append(f"saved {row.end_reason}")
+
+    plugin = ChatSessionPlugin(echo, settings(rows=save))
+    it = bench_of(Litestar(plugins=[Engine(notes, Engine(notes)), plugin], openapi_config=None))
+    async with it.app.lifespan(), it.client:
+        visitor = await it.visit()
+        visitor.say("one two three")
+        await visitor.next("text-delta")
+    await visitor.ended()
+    assert notes == ["saved None", "saved restart", "the database is closed"]
 
 
 def test_the_routes_do_not_show_in_the_hosts_openapi_schema() -> None:
@@ -6914,6 +6955,7 @@ class Talk:
     frames: Counter[str] = field(default_factory=Counter)
     previous: str | None = None
     max_on_wire: int = 5
+    base: str = "/chat"
     _token: str = ""
     _current: Shown | None = None
     _whole: Shown | None = None  # what was shown of a reply that is being sent once more
@@ -6978,7 +7020,7 @@ class Talk:
         """Live one connection to its end."""
         self._token = await self._fetch_token()
         protocols = [Subprotocol("chat-session.v1"), Subprotocol(f"token.{self._token}")]
-        address = f"ws://127.0.0.1:{self.port}/chat/socket"
+        address = f"ws://127.0.0.1:{self.port}{self.base}/socket"
         options: dict[str, Any] = {"compression": None, "ping_interval": None, "proxy": None, "close_timeout": 0.1}
         async with connect(address, subprotocols=protocols, **options) as self._socket:
             try:
@@ -6996,7 +7038,7 @@ class Talk:
     async def _fetch_token(self) -> str:
         fields = {} if self.previous is None else {"previous": self.previous}
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
-            answer = await client.post(f"http://127.0.0.1:{self.port}/chat/token", data=fields, timeout=PATIENCE)
+            answer = await client.post(f"http://127.0.0.1:{self.port}{self.base}/token", data=fields, timeout=PATIENCE)
         if answer.status_code != 201:
             raise Gone(answer.status_code)
         return str(answer.json()["token"])
@@ -7869,20 +7911,26 @@ def test_a_rolling_restart_of_two_workers_under_load_loses_nothing(
                 check_whole_and_once(talk, started)
 
 
-# ---- The demo, the README and a long life ----------------------------------------------------------------------------
-
-
-def bench_of(app: Litestar) -> Bench:
-    """A bench around an app that is made already."""
-    it = Bench.__new__(Bench)
-    it.app, it.plugin = app, app.plugins.get(ChatSessionPlugin)
-    it.client = httpx.AsyncClient(transport=httpx.ASGITransport(cast("Any", app)), base_url="http://test")
-    it.tokens, it.visitors = {}, []
-    return it
+# ---- The blocks of the README -----------------------------------------------------------------------------------------
 
 
 def blocks_of_the_readme() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def block_of_the_readme(phrase: str) -> str:
+    """Find the one Python block that has *phrase* in it."""
+    (block,) = [each for each in blocks_of_the_readme() if phrase in each]
+    return block
+
+
+def run_as_module(block: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Execute *block* as a module of its own, under a name that no registry has seen."""
+    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
+    module = types.ModuleType(f"readme_{secrets.token_hex(4)}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(block, module.__name__, "exec"), module.__dict__)
+    return module
 
 
 #: Each Python block of the README, by a phrase that no other has, and the test (`test_...`) that runs it as it stands.
@@ -7894,8 +7942,11 @@ BLOCKS: dict[str, str] = {
     "from pydantic_ai import": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
     "FakeListChatModel(": "the_langchain_recipe_streams_and_a_stop_closes_its_model",
     "ANSWERS = {": "the_recipe_without_a_model_looks_up_and_cites",
-    "SQLAlchemyAsyncConfig(": "the_database_recipe_opens_a_session_for_each_question",
-    "class Table(dict": "a_block_of_the_readme_is_an_app_that_chats",
+    "class Order(Base)": "the_database_recipe_opens_a_session_for_each_question",
+    "class ChatRow": "a_row_comes_back_from_a_database_as_it_was_however_often_it_is_saved",
+    "SessionAuth": "the_row_carries_who_is_signed_in_and_the_answerer_finds_what_they_ordered",
+    "FastAPI": "a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy",
+    "get_asgi_application": "a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy",
     "FileStore(ROWS)": "a_block_of_the_readme_is_an_app_that_chats",
     "RedisStore.with_client": "a_block_of_the_readme_is_an_app_that_chats",
     "POLICY = (": "a_block_of_the_readme_is_an_app_that_chats",
@@ -7917,19 +7968,673 @@ def run_block(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[[str], types.ModuleType]:
     """Return a function that runs the README's block with a phrase in it, and returns it as a module."""
-    monkeypatch.setenv("CHAT_SESSION_SECRET", SECRET)
     monkeypatch.setenv("CHAT_ROWS", str(tmp_path / "rows"))
     monkeypatch.chdir(tmp_path)
 
     def run(phrase: str) -> types.ModuleType:
-        if "REDIS_URL" in (block := next(block for block in blocks_of_the_readme() if phrase in block)):
+        if "REDIS_URL" in (block := block_of_the_readme(phrase)):
             monkeypatch.setenv("REDIS_URL", request.getfixturevalue("redis_server").url)
-        module = types.ModuleType("readme")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(block, module.__name__, "exec"), module.__dict__)
-        return module
+        return run_as_module(block, monkeypatch)
 
     return run
+
+
+# ---- Recipes: hosts --------------------------------------------------------------------------------------------------
+
+
+#: Keeps the rows of a block that keeps none itself, where the test can read them; the block stays as it is.
+KEEP_ROWS = """
+from pathlib import Path
+
+import msgspec
+from MODULE import TARGET as app, chat
+from chat_session import ChatSessionPlugin, SessionRow
+
+
+async def save(row: SessionRow) -> None:
+    with Path("rows.jsonl").open("ab") as rows:
+        rows.write(msgspec.json.encode(row) + b"\\n")
+
+
+plugin = chat if isinstance(chat, ChatSessionPlugin) else chat.plugins.get(ChatSessionPlugin)
+if plugin.config.rows is None:
+    object.__setattr__(plugin.config, "rows", save)
+"""
+
+
+@dataclass
+class Site(Server):
+    """A real server process that serves one block of the README."""
+
+    block: str = ""
+    module: str = "block"
+    target: str = "app"
+    base: str = "/chat"
+    arguments: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        """Start the server, and wait until it answers."""
+        (self.folder / f"{self.module.replace('.', '/')}.py").write_text(self.block)
+        (self.folder / "app.py").write_text(KEEP_ROWS.replace("MODULE", self.module).replace("TARGET", self.target))
+        paths = os.pathsep.join([str(HERE), str(self.folder)])
+        names = {"CHAT_SESSION_SECRET": SECRET, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **self.names}
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*_command(self.kind, self.port), *self.arguments],
+                cwd=self.folder, env={**os.environ, **names}, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            wait_until(self._answers, f"{self.kind} answers")
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def count(self) -> dict[str, Any]:
+        """Ask for the widget: the blocks count nothing."""
+        reply = httpx.get(f"http://127.0.0.1:{self.port}{self.base}/widget.js", timeout=PATIENCE)
+        return {"widget": reply.content} if reply.status_code == 200 else {}
+
+
+async def stopped_in_the_middle(site: Site, words: int) -> SessionRow:
+    """Have *site* shut down while a reply of so many words runs, and tell what was saved last."""
+    async with Talk(site.port, base=site.base) as talk:
+        await talk.say(numbered(words))
+        await talk.until(lambda: has_begun(talk))
+        _, code = await asyncio.to_thread(site.terminate)
+        assert code in {0, -signal.SIGTERM}, site.log()
+        return msgspec.convert(site.rows()[talk.sessions[0]][-1], SessionRow)
+
+
+def numbered(words: int) -> str:
+    return " ".join(map(str, range(words)))
+
+
+def written(text: str) -> str:
+    """What the blocks' answerers say to *text*."""
+    return f"You wrote: {text} "
+
+
+# ---- Recipes: rows in a database ----
+
+
+def find_postgres(name: str) -> str:
+    """Find a program of PostgreSQL's newest version, which Debian keeps out of PATH."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name), reverse=True)
+    program = shutil.which(name, path=os.pathsep.join([*map(str, places), os.environ.get("PATH", "")]))
+    if program is None:
+        missing(f"{name} of PostgreSQL")
+    return str(program)
+
+
+class Postgres:
+    """A real PostgreSQL in a folder of its own, which nobody but this machine can reach."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.port = free_port()
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            names = {each.pw_name: each for each in pwd.getpwall()}
+            user = names.get("postgres") or names["nobody"]
+            self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        command = [find_postgres("initdb"), *options, "-D", str(self.data)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=PATIENCE, **self._as)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+asyncpg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = ["-h", "127.0.0.1", "-p", str(self.port), "-k", "", "-F"]
+        command = [find_postgres("postgres"), *options, "-D", str(self.data)]
+        with self._log.open("ab") as log:
+            self._process = cast("Any", subprocess.Popen)(
+                command, cwd=self.data.parent, stdout=log, stderr=log, **self._as
+            )
+        wait_until(self._answers, "postgres answers")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        command = [find_postgres("pg_isready"), "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE).returncode == 0
+
+    def stop(self) -> None:
+        """Stop at once, and hang up on everybody."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(PATIENCE)
+            self._process = None
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """Run a PostgreSQL where its own user may go, which the tests' folder is not."""
+    find_postgres("initdb")
+    with tempfile.TemporaryDirectory(prefix="chat_postgres_") as folder:
+        server = Postgres(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres").url)
+    return f"sqlite+aiosqlite:///{tmp_path}/shop.db"
+
+
+def shop_with(url: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Run the block about rows on the database at *url*; the registry of models is one for all in a process."""
+    registry = pytest.importorskip("advanced_alchemy.base").orm_registry
+    if "chat_row" in registry.metadata.tables:
+        registry.metadata.remove(registry.metadata.tables["chat_row"])
+    monkeypatch.setenv("DATABASE_URL", url)
+    return run_as_module(block_of_the_readme("class ChatRow"), monkeypatch)
+
+
+@contextlib.asynccontextmanager
+async def open_shop(shop: types.ModuleType) -> AsyncIterator[Bench]:
+    """Run the app of the block about rows; advanced-alchemy 1 lets go of the first engine of a process only."""
+    it = bench_of(shop.app)
+    async with it.client:
+        async with shop.app.lifespan():
+            yield it
+        await shop.database.get_engine().dispose()
+
+
+async def saved_in(url: str) -> dict[str, SessionRow]:
+    """Read all rows that are in the database, by a connection of our own."""
+    sqlalchemy, engine = pytest.importorskip("sqlalchemy"), pytest.importorskip("sqlalchemy.ext.asyncio")
+    database = engine.create_async_engine(url)
+    async with database.connect() as connection:
+        found = (await connection.execute(sqlalchemy.text("SELECT id, row FROM chat_row"))).all()
+    await database.dispose()
+    assert len({each.id for each in found}) == len(found)
+    return {each.id: msgspec.json.decode(each.row, type=SessionRow) for each in found}
+
+
+async def until_saved(url: str, visitor: Visitor, true: Callable[[SessionRow], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not true((await saved_in(url))[session_of(visitor)]):
+            await asyncio.sleep(0.02)
+
+
+def test_a_row_comes_back_from_a_database_as_it_was_however_often_it_is_saved(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = datetime(2026, 3, 29, 1, 30, 0, 123456, UTC)
+    text = "caf\u00e9 \U0001fad6 \x00 \"'\\ <b>\n\u2028"
+    replies = [None, *(Reply("r", "m", text, [Source("https://a.example/?b=c", text)], "finished") for _ in range(2))]
+    rows = [SessionRow(id=secrets.token_urlsafe(16), started_at=began, reply=reply) for reply in replies]
+    rows[2] = msgspec.structs.replace(
+        rows[2], ended_at=began + timedelta(hours=1), end_reason="dropped", turns=7, visitor="caf\u00e9"
+    )
+
+    async def scenario() -> None:
+        shop = shop_with(database_url, monkeypatch)
+        async with open_shop(shop):
+            table = shop.chat.config.rows
+            for row in rows:
+                assert await table.load(row.id) is None
+                for turns in (0, row.turns, row.turns):
+                    await table.save(msgspec.structs.replace(row, turns=turns))
+                assert await table.load(row.id) == row
+                assert (await table.load(row.id)).started_at.tzinfo == UTC
+            assert {row.id: row for row in rows}.items() <= (await saved_in(database_url)).items()
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_that_a_drop_cut_short_is_carried_by_another_app_on_the_same_database(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        one, two = (shop_with(database_url, monkeypatch) for _ in range(2))
+        async with open_shop(one) as here, open_shop(two) as there:
+            first = await here.visit()
+            first.say("hello out there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            await until_saved(database_url, first, lambda row: row.reply is not None and row.reply.status == "finished")
+            there.tokens.update(here.tokens)
+            second = await there.visit(first)
+            second.say("hello out there", "a")
+            await second.next("finish")
+            second.say("and on", "b")
+            await second.next("finish")
+            assert [told.text for told in second.replies] == [written("hello out there"), written("and on")]
+            assert second.replies[0].id == first.replies[0].id
+            await until_saved(database_url, first, lambda row: row.reply is None)
+            second.send("end")
+            await second.ended()
+            await until_saved(database_url, second, lambda row: row.ended_at is not None)
+        rows = await saved_in(database_url)
+        assert (rows[session_of(first)].end_reason, rows[session_of(first)].turns) == ("dropped", 1)
+        assert (rows[session_of(second)].end_reason, rows[session_of(second)].turns) == ("visitor", 1)
+
+    asyncio.run(scenario())
+
+
+def test_the_last_save_of_each_of_many_sessions_is_the_one_that_a_database_keeps(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async def come_and_go(it: Bench, number: int) -> Visitor:
+            visitor = await it.visit()
+            if number % 2:
+                await visitor.ask("hi")
+            visitor.send("end")
+            await visitor.ended()
+            return visitor
+
+        async with open_shop(shop_with(database_url, monkeypatch)) as it:
+            visitors = await asyncio.gather(*(come_and_go(it, number) for number in range(20)))
+        rows = await saved_in(database_url)
+        for number, visitor in enumerate(visitors):
+            row = rows[session_of(visitor)]
+            assert (row.end_reason, row.turns) == ("visitor", number % 2)
+
+    asyncio.run(scenario())
+
+
+def site_with_store(url: str) -> Callable[[], tuple[Bench, Any]]:
+    """Make apps that keep their rows in advanced-alchemy's own store, in one table, and tell their engines too."""
+    alchemy = pytest.importorskip("advanced_alchemy.extensions.litestar")
+    base, store = (pytest.importorskip(f"advanced_alchemy.{each}") for each in ("base", "extensions.litestar.store"))
+    name = f"chats_{secrets.token_hex(4)}"
+    model = type(name, (store.StoreModelMixin, base.UUIDv7Base), {"__tablename__": name})
+
+    def make() -> tuple[Bench, Any]:
+        database = alchemy.SQLAlchemyAsyncConfig(connection_string=url, create_all=True)
+        plugin = ChatSessionPlugin(echo, settings(rows=store.SQLAlchemyStore(database, model=model, namespace="chat")))
+        plugins = [alchemy.SQLAlchemyPlugin(config=database), plugin]
+        return bench_of(Litestar(plugins=plugins, openapi_config=None)), database.get_engine()
+
+    return make
+
+
+def test_a_store_in_the_database_hands_over_a_reply_that_is_still_being_written(database_url: str) -> None:
+    async def scenario() -> None:
+        make = site_with_store(database_url)
+        (one, engine), (two, other) = make(), make()
+        async with one.client, two.client:
+            async with one.app.lifespan(), two.app.lifespan():
+                first = await one.visit()
+                first.say(numbered(20), "a")
+                await first.next("text-delta")
+                await first.lose()
+                two.tokens.update(one.tokens)
+                second = await two.visit(first)
+                await second.next("finish")
+                assert second.replies[0].text == numbered(20) + " "
+                assert second.replies[0].id == first.replies[0].id
+                assert len(second.of("text-delta")) > 1
+                second.send("end")
+                await second.ended()
+            await asyncio.gather(engine.dispose(), other.dispose())
+
+    asyncio.run(scenario())
+
+
+def test_a_database_that_is_down_breaks_no_chat_and_gets_its_rows_again_when_it_is_back(
+    own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    async def scenario() -> None:
+        async with open_shop(shop_with(own_postgres.url, monkeypatch)) as it:
+            early = await it.visit()
+            await early.ask("before")
+            await asyncio.to_thread(own_postgres.stop)
+            first = await it.visit()
+            first.say("hello there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            second = await it.visit(first)
+            await second.next("finish")
+            assert second.replies[0].text == written("hello there")
+            assert (await early.ask("meanwhile")).text == written("meanwhile")
+            async with asyncio.timeout(PATIENCE):
+                while not log.errors:
+                    await asyncio.sleep(0.02)
+            await asyncio.to_thread(own_postgres.start)
+            for visitor in (early, second):
+                visitor.send("end")
+                await visitor.ended()
+        rows = await saved_in(own_postgres.url)
+        assert [rows[session_of(each)].end_reason for each in (early, second)] == ["visitor", "visitor"]
+        assert [rows[session_of(each)].turns for each in (early, second)] == [2, 0]
+        assert len(log.errors) == 1
+        assert "hello" not in log.errors[0]
+        assert "rows are saved again" in log.ours
+
+    asyncio.run(scenario())
+
+
+def test_a_deploy_saves_the_rows_before_the_database_is_let_go(database_url: str, tmp_path: Path) -> None:
+    block = block_of_the_readme("class ChatRow")
+    with Site("uvicorn", tmp_path, block=block, names={"DATABASE_URL": database_url}) as site:
+
+        async def scenario() -> Talk:
+            async with Talk(site.port) as talk:
+                await talk.say(numbered(30))
+                await talk.until(lambda: has_begun(talk))
+                await asyncio.to_thread(site.terminate)
+                return talk
+
+        talk = asyncio.run(scenario())
+        row = asyncio.run(saved_in(database_url))[talk.sessions[0]]
+        assert row.reply is not None
+        assert (row.end_reason, row.reply.status, row.turns) == ("restart", "finished", 1)
+        assert row.reply.text == written(numbered(30))
+        check_log(site)
+
+
+# ---- Recipes: sign-in ----
+
+
+async def sign_in(client: httpx.AsyncClient, user: str | None) -> None:
+    if user is not None:
+        assert (await client.post("/sign-in", json={"user": user})).status_code == 201
+
+
+async def open_chat(client: httpx.AsyncClient, previous: str | None = None) -> tuple[str, ClientConnection]:
+    """Fetch a token with the cookies that *client* has, and open a socket, which has none."""
+    reply = await client.post("/chat/token", data={} if previous is None else {"previous": previous})
+    assert reply.status_code == 201, reply.text
+    token = str(reply.json()["token"])
+    return token, await dial_socket(client.base_url.port or 0, token)
+
+
+async def ask_over(socket: ClientConnection, message_id: str) -> list[Frame]:
+    """Ask for the orders, and return every frame up to the end of the reply to just that."""
+    await socket.send(json.dumps({"type": "message", "id": message_id, "text": "What did I order?"}))
+    frames: list[Frame] = []
+    starts: list[str] = []
+    async with asyncio.timeout(PATIENCE):
+        while not (frames and frames[-1]["type"] == "finish" and starts[-1] == message_id):
+            frames.append(json.loads(await socket.recv()))
+            starts += [each["messageMetadata"]["inReplyTo"] for each in frames[-1:] if each["type"] == "start"]
+    return frames
+
+
+def words_in(frames: list[Frame]) -> str:
+    return "".join(frame.get("delta", "") for frame in frames)
+
+
+def test_the_row_carries_who_is_signed_in_and_the_answerer_finds_what_they_ordered(tmp_path: Path) -> None:
+    orders = {
+        "ann": "Your orders: a teapot, sent on Monday.",
+        "bob": "Your orders: two cups, on their way.",
+        None: "Sign in, and I can look up your orders.",
+    }
+    with Site("uvicorn", tmp_path, block=block_of_the_readme("SessionAuth")) as site:
+
+        async def chat_as(user: str | None) -> str:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, user)
+                cookies = dict(client.cookies)
+                _, socket = await open_chat(client)
+                frames = await ask_over(socket, "a")
+                assert words_in(frames) == orders[user]
+                await socket.send('{"type": "end"}')
+                await socket.wait_closed()
+                if user is not None:
+                    assert dict(client.cookies) == cookies
+                    assert (await client.post("/sign-out")).status_code == 201
+                    _, socket = await open_chat(client)
+                    assert words_in(await ask_over(socket, "a")) == orders[None]
+                    await socket.close()
+                return str(frames[0]["sessionId"])
+
+        async def scenario() -> dict[str | None, str]:
+            return {user: await chat_as(user) for user in orders}
+
+        sessions = asyncio.run(scenario())
+        rows = site.rows()
+        for user, session in sessions.items():
+            assert [row["visitor"] for row in rows[session]] == [user, user]
+        assert Counter(saved[-1]["visitor"] for saved in rows.values()) == {"ann": 1, "bob": 1, None: 3}
+        check_log(site)
+
+
+def test_what_a_signed_in_visitor_missed_goes_to_nobody_else_and_to_them_when_they_return(tmp_path: Path) -> None:
+    with Site("uvicorn", tmp_path, block=block_of_the_readme("SessionAuth")) as site:
+
+        async def come_with(previous: str, user: str | None) -> list[Frame]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, user)
+                _, socket = await open_chat(client, previous)
+                frames = await ask_over(socket, "b")
+                await socket.close()
+                return frames
+
+        async def scenario() -> dict[str | None, list[Frame]]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{site.port}", trust_env=False) as client:
+                await sign_in(client, "ann")
+                token, socket = await open_chat(client)
+                await ask_over(socket, "a")
+                socket.transport.abort()
+            return {user: await come_with(token, user) for user in ("bob", None, "ann")}
+
+        frames = asyncio.run(scenario())
+        answered = {
+            user: [each["messageMetadata"]["inReplyTo"] for each in told if each["type"] == "start"]
+            for user, told in frames.items()
+        }
+        assert answered == {"bob": ["b"], None: ["b"], "ann": ["a", "b"]}
+        assert "teapot" not in words_in(frames["bob"]) + words_in(frames[None])
+        assert words_in(frames["ann"]).count("a teapot") == 2
+        check_log(site)
+
+
+def test_nothing_but_the_hosts_session_remembers_who_signed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        module = run_as_module(block_of_the_readme("SessionAuth"), monkeypatch)
+        it = bench_of(module.app)
+        async with module.app.lifespan(), it.client:
+            await sign_in(it.client, "ann")
+            visitor = await it.visit()
+            assert "teapot" in (await visitor.ask("What did I order?")).text
+            visitor.send("end")
+            await visitor.ended()
+            assert (it.desk.sessions, kept(it), it.desk.past, it.desk.addresses) == ({}, 0, {}, {})
+            [session] = module.app.stores.get("sessions")._store.values()
+            assert json.loads(session.data) == {"user": "ann"}
+            assert list(it.client.cookies) == ["session"]
+
+    asyncio.run(scenario())
+
+
+# ---- Recipes: any ASGI host ----
+
+Framework = Literal["FastAPI", "Starlette"]
+FRAMEWORKS: tuple[Framework, ...] = ("FastAPI", "Starlette")
+
+
+def mounting(framework: Framework) -> str:
+    """The README's block for FastAPI, or the same lines with Starlette, as the README says."""
+    block = block_of_the_readme("FastAPI")
+    pytest.importorskip(framework.lower())
+    if framework == "Starlette":
+        block = block.replace("from fastapi import FastAPI", "from starlette.applications import Starlette")
+    return block.replace("FastAPI", framework)
+
+
+@contextlib.contextmanager
+def django_site(folder: Path, *arguments: str) -> Iterator[Site]:
+    """Serve a fresh Django project whose `asgi.py` is the README's."""
+    pytest.importorskip("django")
+    command = [sys.executable, "-m", "django", "startproject", "shop", "."]
+    subprocess.run(command, cwd=folder, check=True, timeout=PATIENCE)
+    block = block_of_the_readme("get_asgi_application")
+    options: dict[str, Any] = {"module": "shop.asgi", "target": "application", "base": "/support/chat"}
+    with Site("uvicorn", folder, block=block, arguments=arguments, **options) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def mounted_site(framework: str, folder: Path, *arguments: str) -> Iterator[Site]:
+    """Serve the README's block for *framework*."""
+    if framework == "Django":
+        with django_site(folder, *arguments) as site:
+            yield site
+    else:
+        block = mounting(cast("Framework", framework))
+        with Site("uvicorn", folder, block=block, base="/support/chat", arguments=arguments) as site:
+            yield site
+
+
+class Guest(Bench):
+    """A bench around a Litestar app that another one has mounted, whose lifespan nobody runs."""
+
+    def __init__(self, app: Any, inner: Litestar) -> None:
+        self.plugin = inner.plugins.get(ChatSessionPlugin)
+        self.app = elsewhere(app, "/support/chat/socket")
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test/support")
+        self.tokens, self.visitors = {}, []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@virtual
+async def test_a_mounted_chat_whose_lifespan_never_runs_talks_sweeps_finishes_and_idles_out(
+    framework: Framework, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = run_as_module(mounting(framework), monkeypatch)
+    it = Guest(module.app, module.chat)
+    async with it.client:
+        first = await it.visit()
+        assert (await first.ask("one two")).text == written("one two")
+        assert kept(it) == 1
+        await asyncio.sleep(it.plugin.config.scratchpad_ttl + 1)
+        assert kept(it) == 0
+        first.say("three four five", "a")
+        await first.until(lambda: first.replies[-1].in_reply_to == "a" and first.replies[-1].text != "")
+        await first.lose()
+        await asyncio.sleep(2)
+        assert not it.desk.answers
+        second = await it.visit(first)
+        told = await second.ask("three four five", "a")
+        assert (told.text, told.id) == (written("three four five"), first.replies[-1].id)
+        second.send("pong")
+        assert await second.ended() == 1000
+        assert second.of("session-end") == [{"type": "session-end", "reason": "idle"}]
+        assert (it.desk.sessions, kept(it), it.desk.past) == ({}, 0, {})
+
+
+@pytest.mark.parametrize("root_path", ["", "/api"])
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "Django"])
+def test_a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy(
+    framework: str, root_path: str, tmp_path: Path
+) -> None:
+    with mounted_site(framework, tmp_path, *(["--root-path", root_path] if root_path else [])) as site:
+
+        async def through_cuts() -> Talk:
+            async with Proxy(site.port) as proxy:
+                proxy.faults.extend(Fault(after, "reset") for after in (1, 4, 6))
+                async with Talk(proxy.port, base=site.base) as talk:
+                    await talk.say(numbered(20))
+                    await talk.until_answered()
+                    return talk
+
+        talk = asyncio.run(through_cuts())
+        assert talk.shown["m0"].text == written(numbered(20))
+        assert len(talk.reply_ids["m0"]) == 1
+        assert len(talk.sessions) >= 2
+        row = asyncio.run(stopped_in_the_middle(site, 40))
+        assert row.reply is not None
+        assert (row.end_reason, row.reply.status, row.turns) == ("restart", "finished", 1)
+        assert row.reply.text == written(numbered(40))
+        check_log(site)
+
+
+@pytest.mark.parametrize("framework", ["FastAPI", "Django"])
+def test_without_the_lifespan_a_deploy_loses_the_reply_that_runs_and_nothing_before(
+    framework: str, tmp_path: Path
+) -> None:
+    with mounted_site(framework, tmp_path, "--lifespan", "off") as site:
+
+        async def whole() -> Talk:
+            async with Talk(site.port, base=site.base) as talk:
+                await talk.say("hello")
+                await talk.until_answered()
+                return talk
+
+        assert asyncio.run(whole()).shown["m0"].text == written("hello")
+        row = asyncio.run(stopped_in_the_middle(site, 800))
+        assert row.turns == 0
+        assert row.reply is None or row.reply.status in {"streaming", "interrupted"}
+
+
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, "Django"])
+def test_a_framework_that_mounts_a_chat_keeps_its_own_pages(framework: str, tmp_path: Path) -> None:
+    own, text = {"FastAPI": ("/docs", "Swagger"), "Starlette": ("/none", "Not Found"), "Django": ("/", "install")}[
+        framework
+    ]
+    with mounted_site(framework, tmp_path) as site:
+        assert text in httpx.get(f"http://127.0.0.1:{site.port}{own}").text
+        assert httpx.get(f"http://127.0.0.1:{site.port}/chat/widget.js").status_code == 404
+        assert site.count()["widget"] == WIDGET.read_bytes()
+
+
+def test_a_store_by_its_name_carries_replies_between_mounted_chats_whose_lifespan_never_runs(tmp_path: Path) -> None:
+    starlette = pytest.importorskip("starlette.applications")
+
+    def mounted() -> Guest:
+        plugin = ChatSessionPlugin(echo, settings(rows="chat"))
+        inner = Litestar(plugins=[plugin], stores={"chat": FileStore(tmp_path / "rows")}, openapi_config=None)
+        app = starlette.Starlette()
+        app.mount("/support", inner)
+        return Guest(app, inner)
+
+    async def scenario() -> None:
+        one, two = mounted(), mounted()
+        async with one.client, two.client:
+            first = await one.visit()
+            first.say("hello out there", "a")
+            await first.next("text-delta")
+            await first.lose()
+            two.tokens.update(one.tokens)
+            second = await two.visit(first)
+            await second.next("finish")
+            assert second.replies[0].text == "hello out there "
+            assert second.replies[0].id == first.replies[0].id
+            second.send("end")
+            await second.ended()
+
+    asyncio.run(scenario())
+
+
+# ---- The demo, the README and a long life ----------------------------------------------------------------------------
+
+
+def bench_of(app: Litestar) -> Bench:
+    """A bench around an app that is made already."""
+    it = Bench.__new__(Bench)
+    it.app, it.plugin = app, app.plugins.get(ChatSessionPlugin)
+    it.client = httpx.AsyncClient(transport=httpx.ASGITransport(cast("Any", app)), base_url="http://test")
+    it.tokens, it.visitors = {}, []
+    return it
 
 
 @contextlib.asynccontextmanager
@@ -8384,7 +9089,7 @@ def first_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("first_database")
 def test_the_database_recipe_opens_a_session_for_each_question(run_block: Callable[[str], types.ModuleType]) -> None:
-    module = run_block("SQLAlchemyAsyncConfig(")
+    module = run_block("class Order(Base)")
     pool = module.database.get_engine().pool
 
     async def scenario() -> None:
@@ -8404,7 +9109,7 @@ def test_the_database_recipe_opens_a_session_for_each_question(run_block: Callab
 def test_the_database_closes_after_the_last_reply_though_its_plugin_brings_another_one_along(
     run_block: Callable[[str], types.ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = run_block("SQLAlchemyAsyncConfig(")
+    module = run_block("class Order(Base)")
     engine, look_up, story = module.database.get_engine(), module.database.get_session, list[str]()
     heard, goes_on = asyncio.Event(), asyncio.Event()
 
@@ -10032,3 +10737,19 @@ def test_the_demo_answers_the_canada_pair_in_a_real_browser(demo: str, browser: 
         expect(page.locator("[part~=sources]").last).to_contain_text("Our shipping", timeout=PATIENCE * 1000)
     assert page.locator("[part~=reply] strong", has_text="Canada").count() == 1
     page.close()
+
+
+@pytest.mark.parametrize("framework", ["FastAPI", "Django"])
+def test_the_widget_finds_a_mounted_chat_from_its_own_address(framework: str, browser: Browser, tmp_path: Path) -> None:
+    with mounted_site(framework, tmp_path) as site:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{site.port}/")
+        page.add_script_tag(url="/support/chat/widget.js")
+        page.get_by_role("button", name="Open chat").click()
+        page.locator("[part~=reply]", has_text="How can I help?").wait_for()
+        page.locator("[part~=input]").fill("hello out there")
+        page.keyboard.press("Enter")
+        expect(page.locator("[part~=reply]").last).to_contain_text(
+            "You wrote: hello out there", timeout=PATIENCE * 1000
+        )
+        page.close()
