@@ -7935,7 +7935,7 @@ def run_as_module(block: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTy
 
 #: Each Python block of the README, by a phrase that no other has, and the test (`test_...`) that runs it as it stands.
 BLOCKS: dict[str, str] = {
-    'f"You wrote: {chat.message}"': "a_block_of_the_readme_is_an_app_that_chats",
+    '{chat.message}".split():\n        yield': "a_block_of_the_readme_is_an_app_that_chats",
     "Stand in for the client of your model": "a_block_of_the_readme_is_an_app_that_chats",
     "AsyncOpenAI()": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
     "AsyncAnthropic()": "a_recipe_with_a_model_streams_and_hands_the_scratchpad_over_as_it_is",
