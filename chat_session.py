@@ -1499,7 +1499,7 @@ class _Conversation:
 
     def _revive(self, session_id: str, shelf: _Shelf | None) -> _Past | None:
         """Make of a row what its own process had, and go on listening where another one still writes the reply."""
-        if shelf is None or shelf.row.reply is None:
+        if shelf is None or shelf.row.reply is None or self._is_stale(shelf.row):
             return None
         replies = [_Answer(self._desk, each) for each in (*shelf.others, shelf.row.reply)]
         past = _Past(self._desk, msgspec.structs.replace(shelf.row, reply=None), replies)
@@ -1510,6 +1510,14 @@ class _Conversation:
             past.answer.status = "interrupted"  # its process is gone, and with it who would have ended it
         past.save()
         return past
+
+    def _is_stale(self, row: SessionRow) -> bool:
+        """Tell whether the process that should have let the reply go, ``reply_ttl`` after its end, has died before."""
+        lifetime = self._desk.config.answer_timeout + self._desk.config.reply_ttl
+        if row.ended_at is None:
+            return False
+        ended_at = row.ended_at.replace(tzinfo=row.ended_at.tzinfo or UTC)  # some databases forget it
+        return (_utc() - ended_at).total_seconds() > lifetime
 
     def _adopt(self, past: _Past) -> None:
         """Send the last reply that *past* has kept, and go on with it if it is still being written."""

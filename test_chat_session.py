@@ -2703,6 +2703,29 @@ async def test_one_sessions_slow_save_does_not_hold_up_another_ones() -> None:
         assert saved == ["slow", session_of(second)]
 
 
+@virtual
+async def test_a_loaded_row_whose_reply_has_waited_longer_than_reply_ttl_is_not_carried() -> None:
+    rows = Rows()
+    async with bench(echo, settings(rows=rows)) as it:
+        first = await it.visit()
+        first.say("hello there")
+        await first.next("text-delta")
+        await first.lose()
+        await asyncio.sleep(1)
+    config = settings(rows=rows)
+    lifetime = timedelta(seconds=config.reply_ttl + config.answer_timeout)
+    fresh, stale = lifetime - timedelta(seconds=5), lifetime + timedelta(seconds=5)
+    for age, zone, is_carried in ((fresh, UTC, True), (fresh, None, True), (stale, UTC, False), (stale, None, False)):
+        row = rows.kept[session_of(first)]
+        ended_at = (datetime.now(UTC) - age).replace(tzinfo=zone)
+        rows.kept[row.id] = msgspec.structs.replace(row, ended_at=ended_at)
+        async with bench(echo, config) as restarted:
+            visitor = restarted.dial(await restarted.token(it.tokens[id(first)]))
+            await visitor.next("session-start")
+            await asyncio.sleep(10)
+            assert bool(visitor.of("start")) is is_carried
+
+
 class Broken:
     """A keeper of rows whose every call is trouble."""
 
@@ -7946,6 +7969,8 @@ BLOCKS: dict[str, str] = {
     "class ChatRow": "a_row_comes_back_from_a_database_as_it_was_however_often_it_is_saved",
     "SessionAuth": "the_row_carries_who_is_signed_in_and_the_answerer_finds_what_they_ordered",
     "FastAPI": "a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy",
+    "ChatMetrics": "the_prometheus_recipe_shows_what_stats_say",
+    "chat_session.replied": "the_listeners_of_the_readme_log_a_chat_from_start_to_end",
     "get_asgi_application": "a_chat_mounted_in_another_framework_is_whole_through_cuts_and_a_deploy",
     "FileStore(ROWS)": "a_block_of_the_readme_is_an_app_that_chats",
     "RedisStore.with_client": "a_block_of_the_readme_is_an_app_that_chats",
@@ -8623,6 +8648,64 @@ def test_a_store_by_its_name_carries_replies_between_mounted_chats_whose_lifespa
             await second.ended()
 
     asyncio.run(scenario())
+
+
+# ---- Recipes: how it goes --------------------------------------------------------------------------------------------
+
+
+def test_the_prometheus_recipe_shows_what_stats_say(
+    run_block: Callable[[str], types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prometheus = pytest.importorskip("prometheus_client")
+    monkeypatch.setattr(prometheus, "REGISTRY", prometheus.CollectorRegistry())
+    module = run_block("ChatMetrics")
+
+    async def scenario() -> str:
+        async with visitor_of(module.app) as visitor:
+            await visitor.ask("hello there")
+            visitor.say(" ")
+            await visitor.next("message-rejected")
+            return cast("str", prometheus.generate_latest(prometheus.REGISTRY).decode())
+
+    lines = asyncio.run(scenario()).splitlines()
+    assert "chat_open_sessions 1.0" in lines
+    assert "chat_turns 1.0" in lines
+    assert 'chat_rejected_total{reason="empty"} 1.0' in lines
+
+
+def test_the_prometheus_recipe_answers_at_metrics(run_block: Callable[[str], types.ModuleType]) -> None:
+    pytest.importorskip("prometheus_client")
+    module = run_block("ChatMetrics")
+
+    async def scenario() -> httpx.Response:
+        it = bench_of(module.app)
+        async with it.client:
+            return await it.client.get("/metrics")
+
+    response = asyncio.run(scenario())
+    assert response.status_code == 200
+    assert "chat_open_sessions 0.0" in response.text
+
+
+def test_the_listeners_of_the_readme_log_a_chat_from_start_to_end(
+    run_block: Callable[[str], types.ModuleType], log: Log
+) -> None:
+    logging.getLogger("shop").addHandler(log)
+    logging.getLogger("shop").setLevel(logging.INFO)
+    module = run_block("chat_session.replied")
+
+    async def scenario() -> None:
+        async with visitor_of(module.app) as visitor:
+            await visitor.ask("hello there")
+
+    asyncio.run(scenario())
+    logging.getLogger("shop").removeHandler(log)
+    told = [re.sub(r"^chat [\w-]+", "chat", record.getMessage()) for record in log.records if record.name == "shop"]
+    assert [re.sub(r"[\d.]+ s$", "a while", text) for text in told] == [
+        "chat began",
+        "chat: a reply of 14 characters finished after a while",
+        "chat ended (visitor) after 1 turns",
+    ]
 
 
 # ---- The demo, the README and a long life ----------------------------------------------------------------------------
