@@ -177,7 +177,7 @@ _RETRY_AFTER = 10  # seconds that a visitor whom we have no room for is asked to
 _INVALID_LIMIT = 3  # invalid frames of one session; a program sends them, not a person
 _OUTBOX_LIMIT = 1_000  # frames that may wait for one visitor; words that pile up count as one
 _MIN_FRAME_LIMIT = 128  # bytes; a frame with a 64-character id must fit however short messages may be
-_BREATH = 64  # pieces of a reply, some 30 µs, after which the event loop gets a turn
+_BREATH = 64  # pieces of a reply (some 30 µs) or frames of a flood (some 500) after which the event loop gets a turn
 _ADDRESS_LIMIT = 100_000  # addresses whose token requests are counted
 _LESSON_LIMIT = 20  # different warnings about how a host is set up
 _ERROR_TEXT = "Something went wrong. Please try again."
@@ -1935,8 +1935,7 @@ class _Line:
         """Read until the visitor leaves or we hang up, and close."""
         try:
             async with asyncio.timeout(None if self._code is None else 0) as self._limit:
-                while self._take(await self._receive()):  # noqa: ASYNC110 - no event is waited for
-                    await asyncio.sleep(0)  # one who floods does not hold up the others
+                await self._read_all()
         except TimeoutError:
             if self._code is None:
                 raise
@@ -1946,6 +1945,14 @@ class _Line:
             self.conversation.gone(self._left)
         if self._left is None:
             await self._close()
+
+    async def _read_all(self) -> None:
+        """Read fast, or a flood piles up in the server and is parsed in one go; the others get a turn now and then."""
+        count = 0
+        while self._take(await self._receive()):
+            count += 1
+            if count % _BREATH == 0:
+                await asyncio.sleep(0)
 
     async def _receive(self) -> Any:
         try:
@@ -1978,7 +1985,7 @@ class _Line:
     def _read(self, text: object) -> None:
         if not isinstance(text, str):
             self.conversation.drop(_Close.BINARY)
-        elif len(text) > self._max_bytes or len(text.encode()) > self._max_bytes:
+        elif 4 * len(text) > self._max_bytes < len(text.encode()):  # UTF-8 takes four bytes at the most
             self.conversation.drop(_Close.TOO_BIG)
         else:
             self._dispatch(text)
