@@ -68,6 +68,9 @@ from litestar.plugins import InitPlugin
 from litestar.response import Response
 from litestar.security.session_auth import SessionAuth
 from litestar.stores.memory import MemoryStore
+from playwright.async_api import Page as AsyncPage
+from playwright.async_api import async_playwright
+from playwright.async_api import expect as expect_async
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
@@ -7285,7 +7288,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from litestar import Litestar, get
+from litestar import Litestar, MediaType, get
 from litestar.stores.file import FileStore
 
 from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin, Source
@@ -7322,8 +7325,13 @@ def open_gate(name: str) -> None:
     gates[name].set()
 
 
+@get("/", media_type=MediaType.HTML, sync_to_thread=False)
+def page() -> str:
+    return "<!doctype html><title>Shop</title><main></main><script src=/main.js></script>"
+
+
 config = ChatSessionConfig(secret="a key that only these tests know", OPTIONS)
-app = Litestar([count, open_gate], plugins=[ChatSessionPlugin(answer, config)])
+app = Litestar([count, open_gate, page], plugins=[ChatSessionPlugin(answer, config)])
 """
 
 #: What each script of Node begins with: a page's globals where they are missing, and the real packages.
@@ -7404,7 +7412,7 @@ TRANSPORT = HERE / "docs" / "chat-transport.js"
 def node_modules() -> Path:
     """Find the folder that has the packages of the AI SDK."""
     folder = Path(os.environ.get("NODE_MODULES", "node_modules")).absolute()
-    for package in ("ai", "@ai-sdk/react", "react", "undici"):
+    for package in ("ai", "@ai-sdk/react", "esbuild", "react", "react-dom", "undici"):
         if not (folder / package).exists():
             missing(f"{package} in NODE_MODULES")
     return folder
@@ -7574,6 +7582,30 @@ def test_a_chat_of_the_ai_sdk_that_loses_its_connection_goes_on_with_the_reply(
     assert httpx.get(f"http://127.0.0.1:{client.port}/count").json()["started"].count(asked) == 1
 
 
+def test_a_chat_of_the_ai_sdk_that_asks_again_after_a_loss_is_not_answered_twice(client: Client) -> None:
+    async def scenario() -> Any:
+        async with Proxy(client.port) as proxy:
+            proxy.faults.append(Fault(4, "reset"))
+            return await client.run_async(script, proxy.port)
+
+    script = """
+        const { chat, transport } = start()
+        await chat.sendMessage({ text: "wait patiently" })
+        const lost = chat.status
+        await open("patiently")
+        await chat.regenerate()
+        const nothing = await transport.reconnectToStream({})
+        const whole = told(chat)
+        await chat.sendMessage({ text: "recall" })
+        transport.close()
+        report({ lost, nothing, whole, recalled: text(chat.lastMessage) })
+    """
+    told = asyncio.run(scenario())
+    assert (told["lost"], told["nothing"]) == ("error", None)
+    assert told["whole"] == [["user", "wait patiently"], ["assistant", "begun and done"]]
+    assert told["recalled"] == "wait patiently | begun and done | recall"
+
+
 @pytest.mark.parametrize("rows", ["None", "FileStore(Path('rows'))"])
 def test_a_reply_that_a_restart_cuts_short_is_answered_anew_in_its_place(tmp_path: Path, rows: str) -> None:
     async def scenario(server: Server) -> Any:
@@ -7636,6 +7668,8 @@ def test_an_ended_chat_a_refused_one_and_a_stop_before_the_first_word_are_told_a
             await chat.sendMessage({ text: "recall" })
             const fresh = text(chat.lastMessage)
 
+            transport.close()
+
             const nowhere = start()
             nowhere.transport.endpoint = `${site}/nowhere`
             await nowhere.chat.sendMessage({ text: "hello" })
@@ -7657,10 +7691,79 @@ def test_the_transport_of_the_docs_passes_the_type_checker_against_the_ai_sdk(cl
     tsc = Path(os.environ.get("TSC_PATH", "tsc"))
     if not tsc.exists():
         missing("tsc")
-    flags = ["--checkJs", "--allowJs", "--strict", "--noEmit", "--skipLibCheck", "--target", "es2022", "--lib", "es2022,dom,dom.iterable"]
+    flags = [
+        "--checkJs",
+        "--allowJs",
+        "--strict",
+        "--noEmit",
+        "--skipLibCheck",
+        "--target",
+        "es2022",
+        "--lib",
+        "es2022,dom,dom.iterable",
+    ]
     modules = ["--module", "esnext", "--moduleResolution", "bundler", "--types", ""]
-    done = subprocess.run([tsc, *flags, *modules, TRANSPORT.name], cwd=client.folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tsc, *flags, *modules, TRANSPORT.name], cwd=client.folder, capture_output=True, text=True, check=False
+    )
     assert done.stdout == ""
+
+
+def test_the_react_component_of_the_readme_chats_stops_and_comes_back_in_a_real_browser(
+    clients_server: Server, client: Client
+) -> None:
+    (component,) = re.findall(r"```jsx\n(.*?)```", README.read_text(), re.DOTALL)
+    (client.folder / "chat.jsx").write_text(component)
+    (client.folder / "main.jsx").write_text(
+        'import { createRoot } from "react-dom/client"\n'
+        'import { SupportChat } from "./chat.jsx"\n'
+        'createRoot(document.querySelector("main")).render(<SupportChat />)\n'
+    )
+    esbuild: list[str | Path] = [
+        client.folder / "node_modules" / ".bin" / "esbuild",
+        "main.jsx",
+        "--bundle",
+        "--jsx=automatic",
+    ]
+    subprocess.run([*esbuild, "--log-level=error", "--outfile=main.js"], cwd=client.folder, check=True)
+
+    async def say(page: AsyncPage, text: str) -> None:
+        await page.get_by_label("Message").fill(text)
+        await page.get_by_role("button", name="Send").click()
+
+    async def scenario(page: AsyncPage, proxy: Proxy) -> None:
+        words = page.locator("p")
+        await page.route("**/main.js", lambda route: route.fulfill(path=client.folder / "main.js"))
+        await page.goto(f"http://127.0.0.1:{proxy.port}/")
+        await say(page, "hello there")
+        await expect_async(words).to_have_text(["hello there", "hello there "])
+        await say(page, "wait in-a-browser")
+        await expect_async(words.nth(3)).to_have_text("begun ")
+        await page.get_by_role("button", name="Stop").click()
+        await say(page, "wait for-me")
+        await expect_async(words.nth(5)).to_have_text("begun ")
+        for link in proxy._links:
+            link.cancel()
+        httpx.get(f"http://127.0.0.1:{client.port}/open/for-me")
+        await expect_async(words).to_have_text(
+            ["hello there", "hello there ", "wait in-a-browser", "begun ", "wait for-me", "begun and done"]
+        )
+
+    async def main() -> None:
+        expect_async.set_options(timeout=PATIENCE * 1000)
+        async with Proxy(client.port) as proxy, async_playwright() as driver:
+            if not Path(CHROMIUM).exists():
+                missing(CHROMIUM)
+            browser = await driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            page = await browser.new_page()
+            page.set_default_timeout(PATIENCE * 1000)
+            try:
+                await scenario(page, proxy)
+            finally:
+                await browser.close()
+
+    asyncio.run(main())
+    assert clients_server.count()["started"].count("wait for-me") == 1
 
 
 # ---- Machines: drops that come back elsewhere ------------------------------------------------------------------------

@@ -15,6 +15,7 @@
 const PATIENCE = 15_000 // For a connection to open, and for frames beyond the ping interval.
 const PAUSES = [0, 1_000, 2_000, 4_000, 8_000, 16_000] // Before each attempt to come back, at most.
 const CHUNKS = ["start", "text-start", "text-delta", "text-end", "source-url", "finish", "abort", "error"]
+const REFUSED = [1003, 1008, 1009] // Close codes after which the same message would be refused again.
 const ENDS = ["finish", "abort", "error"]
 
 // The SDK knows a disconnect by the class of the error and by the word "network".
@@ -42,7 +43,7 @@ export class ChatSessionTransport {
 
   /** @param {Parameters<Transport["sendMessages"]>[0]} options */
   async sendMessages({ trigger, messages, abortSignal }) {
-    if (trigger === "regenerate-message") this.#stop(this.#lost?.id)
+    if (trigger === "regenerate-message" && this.#lost) this.#quit(this.#lost)
     this.#lost = undefined
     const asked = messages.filter(({ role }) => role === "user").at(-1)
     const text = asked?.parts.map((part) => (part.type === "text" ? part.text : "")).join("") ?? ""
@@ -50,8 +51,8 @@ export class ChatSessionTransport {
     const id = crypto.getRandomValues(new Uint32Array(4)).join("-")
     const reply = { id, text, ...this.#open(id) }
     this.#replies.set(id, reply)
-    if (this.#socket) this.#ask(reply)
-    else this.connect().catch(() => {}) // The stream has the error.
+    this.#transmit("message", { id, text })
+    this.connect().catch(() => {}) // The stream has the error.
     return this.#heed(reply, abortSignal)
   }
 
@@ -61,12 +62,11 @@ export class ChatSessionTransport {
     for (let attempt = 0; reply; attempt += 1) {
       await new Promise((resolve) => setTimeout(resolve, PAUSES[attempt] * Math.random()))
       try {
-        abortSignal?.throwIfAborted()
         await this.connect()
+        abortSignal?.throwIfAborted()
         this.#lost = undefined
         return this.#heed(reply, abortSignal)
       } catch (error) {
-        if (abortSignal?.aborted) this.#stop(reply.id)
         if (!(error instanceof TypeError) || attempt === PAUSES.length - 1) throw error
       }
     }
@@ -111,15 +111,15 @@ export class ChatSessionTransport {
       }
       let timer = setTimeout(end, PATIENCE, lost("silent"))
       let silence = PATIENCE
-      socket.onclose = ({ code, reason }) =>
-        end([1003, 1008, 1009].includes(code) ? new Error(`The message was refused (${code} ${reason}).`) : lost(`closed (${code})`))
+      socket.onclose = ({ code }) =>
+        end(REFUSED.includes(code) ? new Error(`The message was refused (${code}).`) : lost(`closed (${code})`))
       socket.onmessage = ({ data }) => {
         const frame = JSON.parse(data)
         if (frame.type === "session-start") {
           silence += frame.pingInterval * 1_000
           this.#socket = socket
           this.#previous = token
-          this.#replies.forEach((reply) => this.#ask(reply))
+          this.#replies.forEach(({ id, text }) => this.#transmit("message", { id, text }))
           resolve(undefined)
         }
         clearTimeout(timer)
@@ -152,10 +152,10 @@ export class ChatSessionTransport {
 
   /** @param {string} id */
   #open(id) {
-    /** @type {Controller | undefined} */
+    /** @type {any} */
     let controller
     const chunks = new ReadableStream({ start: (it) => void (controller = it), cancel: () => void this.#stop(id) })
-    return { chunks, controller: /** @type {Controller} */ (/** @type {unknown} */ (controller)) }
+    return { chunks, controller }
   }
 
   /** End the stream, and have another ready for `reconnectToStream`. @param {Reply} reply  @param {Error} error */
@@ -188,26 +188,24 @@ export class ChatSessionTransport {
     }
   }
 
-  /** Stop the reply on the signal, unless its stream has been lost by then. @param {Reply} reply  @param {AbortSignal} [signal] */
+  /** Stop the reply on the signal, unless this stream of it is lost by then. @param {Reply} reply  @param {AbortSignal} [signal] */
   #heed(reply, signal) {
-    const { id, chunks, controller } = reply
-    signal?.addEventListener("abort", () => {
-      if (reply.controller !== controller || !this.#stop(id)) return
-      controller.enqueue({ type: "abort", reason: "stopped" })
-      controller.close()
-    })
+    const { chunks } = reply
+    signal?.addEventListener("abort", () => reply.chunks === chunks && this.#quit(reply))
     return chunks
+  }
+
+  /** @param {Reply} reply */
+  #quit({ id, controller }) {
+    if (!this.#stop(id)) return
+    controller.enqueue({ type: "abort", reason: "stopped" })
+    controller.close()
   }
 
   #stop(id = "") {
     const isOpen = this.#replies.delete(id)
     if (isOpen) this.#transmit("stop", { id })
     return isOpen
-  }
-
-  /** @param {Reply} reply */
-  #ask({ id, text }) {
-    this.#transmit("message", { id, text })
   }
 
   /** @param {string} type  @param {object} fields */
