@@ -7282,6 +7282,7 @@ def check_whole(talk: Talk) -> None:
 
 # ---- Other clients ---------------------------------------------------------------------------------------------------
 
+TRANSPORT = HERE / "docs" / "chat-transport.js"
 CLIENTS_APP = """
 import asyncio
 from collections import defaultdict
@@ -7404,9 +7405,6 @@ class Client:
         out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
         assert process.returncode == 0, err.decode()
         return json.loads(out)
-
-
-TRANSPORT = HERE / "docs" / "chat-transport.js"
 
 
 def node_modules() -> Path:
@@ -7644,47 +7642,53 @@ def test_a_reply_that_a_restart_cuts_short_is_answered_anew_in_its_place(tmp_pat
     assert not told["ends"][-1]
 
 
-def test_an_ended_chat_a_refused_one_and_a_stop_before_the_first_word_are_told_apart(tmp_path: Path) -> None:
-    with Server("uvicorn", tmp_path, "idle_timeout=1.0, idle_warning=0.5", app=CLIENTS_APP) as server:
+def test_a_chat_of_the_ai_sdk_that_ended_idle_begins_anew_with_the_next_message(tmp_path: Path) -> None:
+    with Server("uvicorn", tmp_path, "idle_timeout=3.0, idle_warning=2.0", app=CLIENTS_APP) as server:
         told = Client(tmp_path / "node", server.port).run("""
-            const { chat, transport, frames, errors } = start()
+            const { chat, transport, frames } = start()
             const ended = new Promise((resolve) => {
-              transport.onSession = (frame) => frames.push(frame) && frame.type === "session-end" && resolve(frame.reason)
+              transport.onSession = (frame) => frames.push(frame.type) && frame.type === "session-end" && resolve(frame.reason)
             })
             await chat.sendMessage({ text: "remember" })
-            const idle = await ended
+            const reason = await ended
             await chat.sendMessage({ text: "recall" })
-            const recalled = text(chat.lastMessage)
-
-            transport.close()
-            await chat.sendMessage({ text: "too late" })
-            const late = chat.error.message
-
-            const stopping = chat.sendMessage({ text: "stopped before there is a socket" })
-            while (chat.status !== "submitted") await null
-            await chat.stop()
-            await stopping
-            const stopped = [chat.status, told(chat).at(-1)]
-            await chat.sendMessage({ text: "recall" })
-            const fresh = text(chat.lastMessage)
-
-            transport.close()
-
-            const nowhere = start()
-            nowhere.transport.endpoint = `${site}/nowhere`
-            await nowhere.chat.sendMessage({ text: "hello" })
-            const refused = [nowhere.chat.error.message, nowhere.chat.status, await nowhere.transport.reconnectToStream({})]
-            report({ idle, recalled, late, stopped, fresh, refused, frames: frames.map(({ type }) => type) })
+            report({ reason, frames, whole: told(chat) })
         """)
-        started = server.count()["started"]
-    assert told["idle"] == "idle"
-    assert told["frames"][:3] == ["session-start", "session-idle", "session-end"]
-    assert told["recalled"] == "recall", "a new session knows nothing of the old one"
+    assert told["reason"] == "idle"
+    assert told["frames"] == ["session-start", "session-idle", "session-end", "session-start"]
+    assert told["whole"][-1] == ["assistant", "recall"], "a new session knows nothing of the old one"
+
+
+def test_an_ended_chat_a_refused_one_and_a_stop_before_the_first_word_are_told_apart(
+    clients_server: Server, client: Client
+) -> None:
+    told = client.run("""
+        const { chat, transport } = start()
+        await transport.connect()
+        transport.close()
+        await chat.sendMessage({ text: "too late" })
+        const late = chat.error.message
+
+        const stopping = chat.sendMessage({ text: "stopped before there is a socket" })
+        while (chat.status !== "submitted") await null
+        await chat.stop()
+        await stopping
+        const stopped = [chat.status, told(chat).at(-1)]
+        await chat.sendMessage({ text: "recall" })
+        const fresh = text(chat.lastMessage)
+        transport.close()
+
+        const nowhere = start()
+        nowhere.transport.endpoint = `${site}/nowhere`
+        await nowhere.chat.sendMessage({ text: "hello" })
+        const refused = [nowhere.chat.error.message, nowhere.chat.status, await nowhere.transport.reconnectToStream({})]
+        report({ late, stopped, fresh, refused })
+    """)
     assert told["late"] == "The chat has ended (visitor)."
     assert told["stopped"] == ["ready", ["user", "stopped before there is a socket"]]
     assert told["fresh"] == "recall"
-    assert not {"too late", "stopped before there is a socket"} & set(started)
     assert told["refused"] == ["The chat was refused (404).", "error", None]
+    assert not {"too late", "stopped before there is a socket"} & set(clients_server.count()["started"])
 
 
 def test_the_transport_of_the_docs_passes_the_type_checker_against_the_ai_sdk(client: Client) -> None:

@@ -23,6 +23,7 @@ const lost = (why = "lost") => new TypeError(`The network connection to the chat
 
 /** @implements {Transport} */
 export class ChatSessionTransport {
+  // `useChat({ transport })` loses this with `ai` 6, and a resumed reply is doubled: use `useChat({ chat })`.
   resumeStreamIsReplay = true
   /** @type {Map<string, Reply>} By the id of the message: what has not ended. */
   #replies = new Map()
