@@ -73,6 +73,9 @@ from litestar.response import Response
 from litestar.security.session_auth import SessionAuth
 from litestar.stores.file import FileStore
 from litestar.stores.memory import MemoryStore
+from playwright.async_api import Page as AsyncPage
+from playwright.async_api import async_playwright
+from playwright.async_api import expect as expect_async
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
@@ -6744,10 +6747,11 @@ class Server:
     options: str = ""
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
+    app: str = APP
 
     def __enter__(self) -> Self:
         """Start the server, and wait until it answers."""
-        (self.folder / "app.py").write_text(APP.replace("OPTIONS", self.options))
+        (self.folder / "app.py").write_text(self.app.replace("OPTIONS", self.options))
         environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -7603,6 +7607,496 @@ def check_whole(talk: Talk) -> None:
         assert talk.shown[message].outcome == "finish", (text, talk.shown[message])
         assert talk.shown[message].text == whole_reply(text)
     assert not talk.rejected
+
+
+# ---- Other clients ---------------------------------------------------------------------------------------------------
+
+TRANSPORT = HERE / "docs" / "chat-transport.js"
+CLIENTS_APP = """
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from litestar import Litestar, MediaType, get
+from litestar.stores.file import FileStore
+
+from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin, Source
+
+gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+started: list[str] = []
+
+
+async def answer(chat: Chat) -> AsyncIterator[str | Source]:
+    what, _, name = chat.message.partition(" ")
+    started.append(chat.message)
+    if what == "recall":
+        yield " | ".join(message["content"] for message in chat.messages)
+    elif what == "fail":
+        yield "half "
+        raise RuntimeError
+    elif what == "wait":
+        yield "begun "
+        await gates[name].wait()
+        yield "and done"
+    else:
+        for word in chat.message.split():
+            yield f"{word} "
+        yield Source("https://example.com/shipping", "Shipping")
+
+
+@get("/count", sync_to_thread=False)
+def count() -> dict[str, list[str]]:
+    return {"started": started}
+
+
+@get("/open/{name:str}", sync_to_thread=False)
+def open_gate(name: str) -> None:
+    gates[name].set()
+
+
+@get("/", media_type=MediaType.HTML, sync_to_thread=False)
+def page() -> str:
+    return "<!doctype html><title>Shop</title><main></main><script src=/main.js></script>"
+
+
+config = ChatSessionConfig(secret="a key that only these tests know", OPTIONS)
+app = Litestar([count, open_gate, page], plugins=[ChatSessionPlugin(answer, config)])
+"""
+
+#: What each script of Node begins with: a page's globals where they are missing, and the real packages.
+CLIENT = """
+import { parseJsonEventStream, readUIMessageStream, uiMessageChunkSchema } from "ai"
+import { Chat } from "@ai-sdk/react"
+import { ChatSessionTransport } from "./chat-transport.js"
+
+globalThis.WebSocket ??= (await import("undici")).WebSocket
+const site = `http://127.0.0.1:${process.argv[2]}`
+const open = (name) => fetch(`${site}/open/${name}`)
+const text = (message) => message.parts.map((part) => part.text ?? "").join("")
+const report = (value) => process.stdout.write(JSON.stringify(value), () => process.exit())
+const told = (chat) => chat.messages.map((message) => [message.role, text(message)])
+
+/** A chat over the transport, and what it went through. */
+const start = (options = {}) => {
+  const frames = [], errors = [], finishes = []
+  const transport = new ChatSessionTransport({ endpoint: `${site}/chat`, onSession: (frame) => frames.push(frame) })
+  const onFinish = ({ isAbort, isDisconnect, isError }) => finishes.push({ isAbort, isDisconnect, isError })
+  const chat = new Chat({ transport, onError: (error) => errors.push(error), onFinish, ...options })
+  const said = (words) => new Promise((resolve) => chat["~registerMessagesCallback"](() => {
+    if (text(chat.messages.at(-1)) === words) resolve()
+  }))
+  return { chat, transport, frames, errors, finishes, said }
+}
+"""
+
+
+@dataclass
+class Client:
+    """Runs scripts in Node, in a folder that has the real packages and the transport of the docs."""
+
+    folder: Path
+    port: int
+
+    def __post_init__(self) -> None:
+        """Lay the folder out."""
+        self.folder.mkdir()
+        (self.folder / "package.json").write_text('{"type": "module"}')
+        (self.folder / "node_modules").symlink_to(node_modules())
+        shutil.copy(TRANSPORT, self.folder)
+
+    def run(self, script: str) -> Any:
+        """Run *script*, and return what it reports."""
+        return asyncio.run(self.run_async(script))
+
+    async def run_async(self, script: str, port: int = 0) -> Any:
+        """Run *script* while the caller's loop goes on."""
+        async with self.start(script, port) as process:
+            return await self.report(process)
+
+    @contextlib.asynccontextmanager
+    async def start(self, script: str, port: int = 0) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start *script*, and leave nothing behind."""
+        (self.folder / "script.js").write_text(f"{CLIENT}\n{script}")
+        command = [find_program("node"), "script.js", str(port or self.port)]
+        pipe = subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, cwd=self.folder, stdout=pipe, stderr=pipe)
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+    @staticmethod
+    async def report(process: asyncio.subprocess.Process) -> Any:
+        """Wait for the script to end, and read its last line."""
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        assert process.returncode == 0, err.decode()
+        return json.loads(out)
+
+
+def node_modules() -> Path:
+    """Find the folder that has the packages of the AI SDK."""
+    folder = Path(os.environ.get("NODE_MODULES", "node_modules")).absolute()
+    for package in ("ai", "@ai-sdk/react", "esbuild", "react", "react-dom", "undici"):
+        if not (folder / package).exists():
+            missing(f"{package} in NODE_MODULES")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clients_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serve an answerer that cites, fails, remembers and waits to be told to go on."""
+    folder = tmp_path_factory.mktemp("clients")
+    with Server("uvicorn", folder, "messages_per_minute=1000", app=CLIENTS_APP) as server:
+        yield server
+
+
+@pytest.fixture
+def client(clients_server: Server, tmp_path: Path) -> Client:
+    """Give a folder for Node, with the way to the server."""
+    return Client(tmp_path / "node", clients_server.port)
+
+
+def test_the_stream_reader_of_the_ai_sdk_gets_whole_messages_out_of_our_frames(client: Client) -> None:
+    told = client.run("""
+        const { token } = await (await fetch(`${site}/chat/token`, { method: "POST" })).json()
+        const socket = new WebSocket(`${site.replace("http", "ws")}/chat/socket`, ["chat-session.v1", `token.${token}`])
+        const frames = []
+        let heard = () => {}
+        socket.onmessage = ({ data }) => { frames.push(data); heard(data) }
+        const until = (type) => new Promise((resolve) => {
+          heard = (data) => JSON.parse(data).type === type && resolve()
+        })
+        const send = (frame) => socket.send(JSON.stringify(frame))
+
+        /** Give the frames, as they came, to the parser, the schema and the reader of the package. */
+        const read = async (texts) => {
+          const sse = texts.map((text) => `data: ${text}\\n\\n`).join("")
+          const stream = new Blob([sse]).stream()
+          const parsed = []
+          for await (const each of parseJsonEventStream({ stream, schema: uiMessageChunkSchema })) parsed.push(each)
+          const chunks = ReadableStream.from(parsed.filter((each) => each.success).map((each) => each.value))
+          const errors = []
+          let message
+          for await (message of readUIMessageStream({ stream: chunks, onError: (error) => errors.push(error.message) }));
+          return { refused: parsed.filter((each) => !each.success).length, last: parsed.at(-1).value, message, errors }
+        }
+        const replies = []
+        await until("session-start")
+        const greeting = await read(frames.splice(0))
+        for (const [text, seen, end] of [["two words", "finish"], ["fail", "error"], ["wait stop", "text-delta", "abort"]]) {
+          send({ type: "message", id: text.replace(" ", "-"), text })
+          await until(seen)
+          if (end) {
+            send({ type: "stop" })
+            await until(end)
+          }
+          replies.push(await read(frames.splice(0)))
+        }
+        send({ type: "end" })
+        report({ greeting, replies })
+    """)
+    assert told["greeting"]["refused"] == 1, "the schema tells what is no chunk"
+    finished, failed, stopped = told["replies"]
+    assert [reply["refused"] for reply in told["replies"]] == [0, 0, 0]
+    text, source = finished["message"]["parts"]
+    assert (text["type"], text["text"], text["state"]) == ("text", "two words ", "done")
+    assert source["type"] == "source-url"
+    assert source["sourceId"]
+    assert (source["url"], source["title"]) == ("https://example.com/shipping", "Shipping")
+    assert finished["message"]["role"] == "assistant"
+    assert finished["message"]["metadata"] == {"inReplyTo": "two-words"}
+    assert finished["last"] == {"type": "finish"}
+    assert not finished["errors"]
+    assert failed["message"]["parts"][0]["text"] == "half "
+    assert failed["errors"] == ["Something went wrong. Please try again."]
+    assert stopped["message"]["parts"][0]["text"] == "begun "
+    assert stopped["last"] == {"type": "abort", "reason": "stopped"}
+    assert len({reply["message"]["id"] for reply in told["replies"]}) == 3
+
+
+def test_a_chat_of_the_ai_sdk_streams_stops_fails_and_remembers_over_one_socket(client: Client) -> None:
+    told = client.run("""
+        const { chat, transport, frames, errors, finishes, said } = start()
+        await transport.connect()
+        const greeting = frames[0].greeting
+        await chat.sendMessage({ text: "hello there" })
+        const sources = chat.lastMessage.parts.filter((part) => part.type === "source-url")
+        const { status } = chat
+
+        const streamed = said("begun ")
+        const stopping = chat.sendMessage({ text: "wait for-ever" })
+        await streamed
+        const streaming = chat.status
+        await chat.stop()
+        await stopping
+        const stopped = chat.status
+
+        await chat.sendMessage({ text: "fail" })
+        const failed = { status: chat.status, message: chat.error.message, half: text(chat.lastMessage) }
+        await chat.regenerate()
+        await chat.sendMessage({ text: "recall" })
+        const recalled = text(chat.lastMessage)
+
+        await chat.sendMessage({ text: "x".repeat(5000) })
+        const refused = { status: chat.status, code: chat.error.code, message: chat.error.message }
+        transport.close()
+        await new Promise((resolve) => { transport.onSession = resolve })
+        report({
+          greeting, sources, status, streaming, stopped, failed, recalled, refused, finishes, errors: errors.length,
+          told: told(chat).slice(0, 4), sessions: frames.map((frame) => frame.type),
+        })
+    """)
+    assert told["greeting"] == "Hi! How can I help?"
+    assert told["told"] == [
+        ["user", "hello there"], ["assistant", "hello there "], ["user", "wait for-ever"], ["assistant", "begun "],
+    ]  # fmt: skip
+    assert [source["url"] for source in told["sources"]] == ["https://example.com/shipping"]
+    assert (told["status"], told["streaming"], told["stopped"]) == ("ready", "streaming", "ready")
+    assert told["failed"] == {"status": "error", "message": "Something went wrong. Please try again.", "half": "half "}
+    assert told["recalled"] == "hello there | hello there  | wait for-ever | begun  | recall"
+    assert told["refused"]["status"] == "error"
+    assert told["refused"]["code"] == "too-long"
+    assert "4000" in told["refused"]["message"]
+    assert [finish["isAbort"] for finish in told["finishes"]] == [False, True, False, False, False, False]
+    assert told["errors"] == 3
+    assert told["sessions"] == ["session-start"], "one socket served them all"
+
+
+@pytest.mark.parametrize(
+    ("manner", "after"), [*itertools.product(("reset", "end"), (1, 2, 3, 4)), ("silence", 1), ("silence", 4)]
+)
+def test_a_chat_of_the_ai_sdk_that_loses_its_connection_goes_on_with_the_reply(
+    client: Client, after: int, manner: Literal["reset", "end", "silence"]
+) -> None:
+    async def scenario() -> Any:
+        async with Proxy(client.port) as proxy:
+            proxy.faults.append(Fault(after, manner))
+            return await client.run_async(script.replace("NAME", f"{manner}-{after}"), proxy.port)
+
+    script = """
+        // What a page waits on a silent link before it counts as dead is forty seconds.
+        const wait = globalThis.setTimeout
+        globalThis.setTimeout = (act, ms, ...rest) => wait(act, ms === 40_000 ? 400 : ms, ...rest)
+        const { chat, transport, frames, finishes, said } = start()
+        const nothing = await transport.reconnectToStream({})
+        await chat.sendMessage({ text: "wait NAME" })
+        const { status, error } = chat
+        const lost = { status, message: error.message, ...finishes[0], words: told(chat).at(-1) }
+        globalThis.setTimeout = wait
+        const begun = said("begun ")
+        const back = chat.resumeStream()
+        await begun
+        await open("NAME")
+        await back
+        const whole = told(chat)
+        await chat.sendMessage({ text: "recall" })
+        transport.close()
+        report({ nothing, lost, whole, recalled: text(chat.lastMessage), sessions: frames.length })
+    """
+    told = asyncio.run(scenario())
+    asked = f"wait {manner}-{after}"
+    assert told["nothing"] is None, "there was nothing to come back for"
+    assert told["lost"]["status"] == "error"
+    assert told["lost"]["isDisconnect"]
+    assert "network connection" in told["lost"]["message"]
+    assert told["lost"]["words"] in (["user", asked], ["assistant", ""], ["assistant", "begun "])
+    assert told["whole"] == [["user", asked], ["assistant", "begun and done"]]
+    assert told["recalled"] == f"{asked} | begun and done | recall"
+    assert told["sessions"] == 2
+    assert httpx.get(f"http://127.0.0.1:{client.port}/count").json()["started"].count(asked) == 1
+
+
+def test_a_chat_of_the_ai_sdk_that_asks_again_after_a_loss_is_not_answered_twice(client: Client) -> None:
+    async def scenario() -> Any:
+        async with Proxy(client.port) as proxy:
+            proxy.faults.append(Fault(4, "reset"))
+            return await client.run_async(script, proxy.port)
+
+    script = """
+        const { chat, transport } = start()
+        await chat.sendMessage({ text: "wait patiently" })
+        const lost = chat.status
+        await open("patiently")
+        await chat.regenerate()
+        const nothing = await transport.reconnectToStream({})
+        const whole = told(chat)
+        await chat.sendMessage({ text: "recall" })
+        transport.close()
+        report({ lost, nothing, whole, recalled: text(chat.lastMessage) })
+    """
+    told = asyncio.run(scenario())
+    assert (told["lost"], told["nothing"]) == ("error", None)
+    assert told["whole"] == [["user", "wait patiently"], ["assistant", "begun and done"]]
+    assert told["recalled"] == "wait patiently | begun and done | recall"
+
+
+@pytest.mark.parametrize("rows", ["None", "FileStore(Path('rows'))"])
+def test_a_reply_that_a_restart_cuts_short_is_answered_anew_in_its_place(tmp_path: Path, rows: str) -> None:
+    async def scenario(server: Server) -> Any:
+        async with Client(tmp_path / "node", server.port).start(script) as process:
+            assert process.stdout is not None
+            assert await asyncio.wait_for(process.stdout.readline(), PATIENCE) == b"begun\n"
+            await terminate(server)
+            with Server("uvicorn", tmp_path, options, server.port, app=CLIENTS_APP) as again:
+                httpx.get(f"http://127.0.0.1:{again.port}/open/once")
+                return await Client.report(process)
+
+    script = """
+        const ends = []
+        let finish
+        const finished = new Promise((resolve) => { finish = resolve })
+        const onFinish = ({ isDisconnect }) => {
+          ends.push(isDisconnect)
+          isDisconnect ? chat.resumeStream() : finish()
+        }
+        const { chat, transport, said } = start({ onFinish })
+        const begun = said("begun ")
+        chat.sendMessage({ text: "wait once" })
+        await begun
+        const { id } = chat.lastMessage
+        console.log("begun")
+        await finished
+        transport.close()
+        report({ ends, whole: told(chat), same: chat.lastMessage.id === id })
+    """
+    options = f"shutdown_grace=0.1, rows={rows}"
+    with Server("uvicorn", tmp_path, options, app=CLIENTS_APP) as server:
+        told = asyncio.run(scenario(server))
+    assert told["whole"] == [["user", "wait once"], ["assistant", "begun and done"]]
+    assert told["same"]
+    assert told["ends"][0]
+    assert not told["ends"][-1]
+
+
+def test_a_chat_of_the_ai_sdk_that_ended_idle_begins_anew_with_the_next_message(tmp_path: Path) -> None:
+    with Server("uvicorn", tmp_path, "idle_timeout=3.0, idle_warning=2.0", app=CLIENTS_APP) as server:
+        told = Client(tmp_path / "node", server.port).run("""
+            const { chat, transport, frames } = start()
+            const ended = new Promise((resolve) => {
+              transport.onSession = (frame) => frames.push(frame.type) && frame.type === "session-end" && resolve(frame.reason)
+            })
+            await chat.sendMessage({ text: "remember" })
+            const reason = await ended
+            await chat.sendMessage({ text: "recall" })
+            report({ reason, frames, whole: told(chat) })
+        """)
+    assert told["reason"] == "idle"
+    assert told["frames"] == ["session-start", "session-idle", "session-end", "session-start"]
+    assert told["whole"][-1] == ["assistant", "recall"], "a new session knows nothing of the old one"
+
+
+def test_an_ended_chat_a_refused_one_and_a_stop_before_the_first_word_are_told_apart(
+    clients_server: Server, client: Client
+) -> None:
+    told = client.run("""
+        const { chat, transport } = start()
+        await transport.connect()
+        transport.close()
+        await chat.sendMessage({ text: "too late" })
+        const late = chat.error.message
+
+        const stopping = chat.sendMessage({ text: "stopped before there is a socket" })
+        while (chat.status !== "submitted") await null
+        await chat.stop()
+        await stopping
+        const stopped = [chat.status, told(chat).at(-1)]
+        await chat.sendMessage({ text: "recall" })
+        const fresh = text(chat.lastMessage)
+        transport.close()
+
+        const nowhere = start()
+        nowhere.transport.endpoint = `${site}/nowhere`
+        await nowhere.chat.sendMessage({ text: "hello" })
+        const refused = [nowhere.chat.error.message, nowhere.chat.status, await nowhere.transport.reconnectToStream({})]
+        report({ late, stopped, fresh, refused })
+    """)
+    assert told["late"] == "The chat has ended (visitor)."
+    assert told["stopped"] == ["ready", ["user", "stopped before there is a socket"]]
+    assert told["fresh"] == "recall"
+    assert told["refused"] == ["The chat was refused (404).", "error", None]
+    assert not {"too late", "stopped before there is a socket"} & set(clients_server.count()["started"])
+
+
+def test_the_transport_of_the_docs_passes_the_type_checker_against_the_ai_sdk(client: Client) -> None:
+    tsc = Path(os.environ.get("TSC_PATH", "tsc"))
+    if not tsc.exists():
+        missing("tsc")
+    flags = [
+        "--checkJs",
+        "--allowJs",
+        "--strict",
+        "--noEmit",
+        "--skipLibCheck",
+        "--target",
+        "es2022",
+        "--lib",
+        "es2022,dom,dom.iterable",
+    ]
+    modules = ["--module", "esnext", "--moduleResolution", "bundler", "--types", ""]
+    done = subprocess.run(
+        [tsc, *flags, *modules, TRANSPORT.name], cwd=client.folder, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == ""
+
+
+def test_the_react_component_of_the_readme_chats_stops_and_comes_back_in_a_real_browser(
+    clients_server: Server, client: Client
+) -> None:
+    (component,) = re.findall(r"```jsx\n(.*?)```", README.read_text(), re.DOTALL)
+    (client.folder / "chat.jsx").write_text(component)
+    (client.folder / "main.jsx").write_text(
+        'import { createRoot } from "react-dom/client"\n'
+        'import { SupportChat } from "./chat.jsx"\n'
+        'createRoot(document.querySelector("main")).render(<SupportChat />)\n'
+    )
+    esbuild: list[str | Path] = [
+        client.folder / "node_modules" / ".bin" / "esbuild",
+        "main.jsx",
+        "--bundle",
+        "--jsx=automatic",
+    ]
+    subprocess.run([*esbuild, "--log-level=error", "--outfile=main.js"], cwd=client.folder, check=True)
+
+    async def say(page: AsyncPage, text: str) -> None:
+        await page.get_by_label("Message").fill(text)
+        await page.get_by_role("button", name="Send").click()
+
+    async def scenario(page: AsyncPage, proxy: Proxy) -> None:
+        words = page.locator("p")
+        await page.route("**/main.js", lambda route: route.fulfill(path=client.folder / "main.js"))
+        await page.goto(f"http://127.0.0.1:{proxy.port}/")
+        await say(page, "hello there")
+        await expect_async(words).to_have_text(["hello there", "hello there "])
+        await say(page, "wait in-a-browser")
+        await expect_async(words.nth(3)).to_have_text("begun ")
+        await page.get_by_role("button", name="Stop").click()
+        await say(page, "wait for-me")
+        await expect_async(words.nth(5)).to_have_text("begun ")
+        for link in proxy._links:
+            link.cancel()
+        httpx.get(f"http://127.0.0.1:{client.port}/open/for-me")
+        await expect_async(words).to_have_text(
+            ["hello there", "hello there ", "wait in-a-browser", "begun ", "wait for-me", "begun and done"]
+        )
+
+    async def main() -> None:
+        expect_async.set_options(timeout=PATIENCE * 1000)
+        async with Proxy(client.port) as proxy, async_playwright() as driver:
+            if not Path(CHROMIUM).exists():
+                missing(CHROMIUM)
+            browser = await driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            page = await browser.new_page()
+            page.set_default_timeout(PATIENCE * 1000)
+            try:
+                await scenario(page, proxy)
+            finally:
+                await browser.close()
+
+    asyncio.run(main())
+    assert clients_server.count()["started"].count("wait for-me") == 1
 
 
 # ---- Machines: drops that come back elsewhere ------------------------------------------------------------------------
