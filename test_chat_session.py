@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import types
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -6422,6 +6423,7 @@ class Server:
     kind: Kind
     folder: Path
     options: str = ""
+    arguments: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -6430,9 +6432,8 @@ class Server:
         (self.folder / "app.py").write_text(APP.replace("OPTIONS", self.options))
         environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
         with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                _command(self.kind, self.port), cwd=self.folder, env=environment, stdout=log, stderr=log
-            )
+            command = [*_command(self.kind, self.port), *self.arguments]
+            self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
         try:
             wait_until(self._answers, f"{self.kind} answers")
         except BaseException:
@@ -7611,6 +7612,57 @@ def test_a_rolling_restart_of_two_workers_under_load_loses_nothing(
             assert len(talk.sessions) >= 2
             if GRANIAN_PANIC not in fleet.log():  # which takes rows along that were not saved yet
                 check_whole_and_once(talk, started)
+
+
+# ---- Versions --------------------------------------------------------------------------------------------------------
+
+
+def project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    return project
+
+
+def test_the_table_of_versions_begins_where_pyproject_does() -> None:
+    told = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    extras = project()["optional-dependencies"]
+    asked = [f"Python{project()['requires-python']}", *project()["dependencies"], *extras["demo"], *extras["test"]]
+    lowest = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(asked), re.MULTILINE))
+    assert set(told) == {"Python", "Litestar", "cachetools", "msgspec", "uvicorn", "granian", "hypercorn"}
+    assert told == {name: lowest[name if name == "Python" else name.lower()] for name in told}
+
+
+def test_the_table_of_versions_ends_where_the_classifiers_do() -> None:
+    (newest,) = re.findall(r"^\| Python \| 3\.11 \| ([\d.]+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    prefix = "Programming Language :: Python :: 3."
+    minors = [int(each.removeprefix(prefix)) for each in project()["classifiers"] if each.startswith(prefix)]
+    assert newest == f"3.{max(minors)}"
+    assert minors == list(range(11, max(minors) + 1))
+
+
+def test_the_module_asks_as_a_script_for_what_pyproject_asks_for() -> None:
+    (head,) = re.findall(
+        r"^# /// script\n(.*?)^# ///$", (HERE / "chat_session.py").read_text(), re.DOTALL | re.MULTILINE
+    )
+    script = tomllib.loads(re.sub("^# ?", "", head, flags=re.MULTILINE))
+    assert script == {
+        "requires-python": project()["requires-python"],
+        "dependencies": [*project()["dependencies"], *project()["optional-dependencies"]["demo"]],
+    }
+
+
+@pytest.mark.parametrize("websocket", ["websockets", "websockets-sansio", "wsproto"])
+def test_a_chat_is_held_over_each_websocket_of_uvicorn(websocket: str, tmp_path: Path) -> None:
+    async def scenario(port: int) -> None:
+        async with Talk(port) as talk:
+            await talk.say(ask_for("first", 20, 0.001))
+            await talk.say(ask_for("second", 20))
+            await talk.until_answered()
+
+    with Server("uvicorn", tmp_path, arguments=("--ws", websocket)) as server:
+        asyncio.run(scenario(server.port))
+        _, code = server.terminate()
+        assert code in {0, -signal.SIGTERM}
+        assert "ERROR" not in server.log(), server.log()
 
 
 # ---- The demo, the README and a long life ----------------------------------------------------------------------------
