@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["litestar>=2.15,<4", "msgspec>=0.18.6", "cachetools>=5.5", "uvicorn>=0.30", "websockets>=13"]
+# dependencies = ["cachetools>=5.5", "litestar>=2.19,<4", "msgspec>=0.18.6", "uvicorn>=0.30", "websockets>=13"]
 # ///
 r"""A live website chat for any Litestar app: one plugin, one script tag.
 
