@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MEASURES: dict[int, Callable[[measures.Bench], Section]] = {
     1: measures.cost_of_a_word,
+    2: measures.lag_of_a_word,
+    3: measures.memory_of_a_session,
+    6: measures.growth,
 }
 
 
