@@ -16,22 +16,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import distance
 import lab
-import measures
+import neighbours
+import sessions
+import words
+from measures import Bench
 from report import Section, document, plot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MEASURES: dict[int, Callable[[measures.Bench], Section]] = {
-    1: measures.cost_of_a_word,
-    2: measures.lag_of_a_word,
-    3: measures.memory_of_a_session,
-    6: measures.growth,
+MEASURES: dict[int, Callable[[Bench], Section]] = {
+    1: words.cost_of_a_word,
+    2: words.lag_of_a_word,
+    3: sessions.memory_of_a_session,
+    4: distance.click_to_greeting,
+    5: distance.second_turn,
+    6: sessions.growth,
+    7: neighbours.neighbours,
+    8: neighbours.bursts,
 }
 
 
-def run(bench: measures.Bench, numbers: list[int]) -> list[Section]:
+def run(bench: Bench, numbers: list[int]) -> list[Section]:
     """Run the measures; one that breaks is told of, and the others go on."""
     sections = []
     for number in numbers:
@@ -49,7 +57,7 @@ def run(bench: measures.Bench, numbers: list[int]) -> list[Section]:
 def main(*, is_quick: bool, numbers: list[int], folder: Path) -> int:
     """Measure, print and write, and return how many goals were missed."""
     absent = lab.missing()
-    bench = measures.Bench(is_quick, [kind for kind in lab.NAMES if kind not in absent])
+    bench = Bench(is_quick, [kind for kind in lab.NAMES if kind not in absent])
     machine = lab.describe_machine()
     print(machine, *(f"Not run: {lab.NAMES[kind]}: {why}" for kind, why in absent.items()), sep="\n", flush=True)
     sections = run(bench, numbers)
