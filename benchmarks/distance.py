@@ -166,7 +166,8 @@ def click_to_greeting(bench: Bench) -> Section:
 
 
 def tell_trips(seconds: float) -> str:
-    return f"{seconds // TRIP:.0f} round trips, {seconds * 1e3:.0f} ms"
+    count = seconds // TRIP
+    return f"{count:.0f} round trip{'s' * (count > 1)}, {seconds * 1e3:.0f} ms"
 
 
 def greet_crowds(bench: Bench, section: Section) -> None:
@@ -246,7 +247,7 @@ def second_turn(bench: Bench) -> Section:
         with serve("ours", *files) as server:
             ours = asyncio.run(socket_turns(server, trust, times))
         section.rows.append(["the open websocket", tell_trips(ours)])
-        section.goals.append(Goal("second turn, the open websocket", ours // TRIP, 1, " round trips"))
+        section.goals.append(Goal("second turn, the open websocket", ours // TRIP, 1, " round trip"))
         if "sse" in bench.kinds:
             with serve("sse", *files) as server:
                 new, kept = asyncio.run(request_turns(server, trust, times))

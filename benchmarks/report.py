@@ -29,7 +29,11 @@ class Goal:
     def cells(self) -> list[str]:
         sign = "≤" if self.is_most else "≥"
         verdict = "met" if self.is_met else f"**missed** by {abs(self.value / self.limit - 1):.0%}"
-        return [self.name, f"{show(self.value)}{self.unit}", f"{sign} {self.limit:g}{self.unit}", verdict]
+        return [self.name, self.measured, f"{sign} {self.limit:g}{self.unit}", verdict]
+
+    @property
+    def measured(self) -> str:
+        return f"{f'{self.value:g}' if 'trip' in self.unit else show(self.value)}{self.unit}"
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Section:
         if self.rows:
             parts.append(table(self.header, self.rows))
         if self.goals:
-            parts.append(table(["goal", "measured", "goal", "verdict"], [goal.cells for goal in self.goals]))
+            parts.append(table(["figure", "measured", "goal", "verdict"], [goal.cells for goal in self.goals]))
         return "\n\n".join([*parts, *self.notes])
 
 
@@ -74,7 +78,7 @@ def document(head: Sequence[str], sections: Sequence[Section]) -> str:
     """Write the whole document, the verdicts first."""
     goals = [goal for section in sections for goal in section.goals]
     met = sum(goal.is_met for goal in goals)
-    missed = [f"- {goal.name}: {show(goal.value)}{goal.unit}, {goal.cells[3]}" for goal in goals if not goal.is_met]
+    missed = [f"- {goal.name}: {goal.measured}, {goal.cells[3]}" for goal in goals if not goal.is_met]
     summary = [
         f"**{met} of {len(goals)} goals met.**" + (" Missed:" if missed else ""),
         *(["\n".join(missed)] * bool(missed)),

@@ -194,6 +194,7 @@ def main(*, quick: bool) -> int:
                 (f"word, {load.name}: Redis / memory", ratio(found, "redis", "memory"), load.goals["memory"])
             )
         port = servers["redis"].port
+        servers["redis"].settle()  # the visitors of the last round have left, which is saved
         before = count_calls(redis_port)
         asyncio.run(converse(port))
         results.append((f"store calls of a conversation of {TURNS} turns", count_calls(redis_port) - before, 4))
