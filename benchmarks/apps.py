@@ -251,7 +251,7 @@ def serve(app: Any, port: int, certificate: str | None = None, key: str | None =
         log_level="error",
         access_log=False,
         ws_per_message_deflate=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=600,
         timeout_graceful_shutdown=1,
         backlog=8192,
         ssl_certfile=certificate,

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -151,7 +151,7 @@ def click_to_greeting(bench: Bench) -> Section:
         "Whole round trips count; the milliseconds beside them hold the work as well.",
         ["", "from nothing", "warm page"],
     )
-    times = bench.pick(3, 7)
+    times = bench.pick(2, 5)
     with tempfile.TemporaryDirectory() as folder:
         files, trust = certify(folder)
         for name, given, with_trust, limits in (("plain", [], None, (4, 3)), ("TLS 1.3", files, trust, (6, 4))):
@@ -173,10 +173,9 @@ def tell_trips(seconds: float) -> str:
 def greet_crowds(bench: Bench, section: Section) -> None:
     """Compare how many greetings one second of a core gives."""
     kinds = bench.among("ours", "bare", "litestar")
-    servers = {kind: serve(kind) for kind in kinds}
-    with servers["ours"] as ours, servers["bare"] as bare, servers["litestar"] as litestar:
-        running = {server.kind: server for server in (ours, bare, litestar)}
-        found = bench.compare("greetings a second", kinds, lambda kind: greet(running[kind], bench.pick(0.7, 2.0)))
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(serve(kind)) for kind in kinds}
+        found = bench.compare("greetings a second", kinds, lambda kind: greet(servers[kind], bench.pick(0.7, 2.0)))
     told = ", ".join(f"{NAMES[kind]} {median(found[kind]):,.0f}" for kind in kinds)
     section.notes.append(
         f"Greetings for each second of a core's time, one after the other as fast as it goes: {told}. Ours needs two "

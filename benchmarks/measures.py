@@ -40,7 +40,7 @@ class Bench:
     def compare(self, title: str, names: list[str], run: Callable[[str], float]) -> dict[str, list[float]]:
         """Run what *names* stand for in turn, forwards and backwards; the first round warms up and does not count."""
         found: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(self.pick(3, 5)):
+        for turn in range(self.pick(3, 4)):
             for name in names[:: -1 if turn % 2 else 1]:
                 value = run(name)
                 when = f"round {turn}" if turn else "warm-up"

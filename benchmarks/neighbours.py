@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OTHERS = 100
 FLOOD = 20_000
 SIZE = 4_000  # characters of a word that piles up
-PILE_PACE = 500
+PILE_PACE = 1_000
 BURST = 100_000
 
 
@@ -51,9 +51,9 @@ def neighbours(bench: Bench) -> Section:
         "since up to 16 ms of ours are meant.",
         ["", "quiet p99", "beside a flood", "beside one who reads nothing", "his answerer's pace"],
     )
-    rounds, seconds = bench.pick(1, 3), bench.pick(3, 5)
-    for kind in bench.among("ours", "bare", "litestar"):
-        found = [disturb(bench, kind, seconds) for _ in range(rounds)]
+    seconds = bench.pick(2, 4)
+    for kind in bench.among("ours", "bare", *bench.pick((), ("litestar",))):
+        found = [disturb(bench, kind, seconds) for _ in range(bench.pick(1, 3) if kind == "ours" else 1)]
         quiet, flood, stall, said = (median(each[which] for each in found) for which in range(4))
         section.rows.append([NAMES[kind], ms(quiet), ms(flood) if kind == "ours" else "–", ms(stall), f"{said:.0%}"])
         if kind == "ours":
@@ -105,8 +105,8 @@ def bursts(bench: Bench) -> Section:
         f"more gets {BURST:,} words that his answerer yields without a pause.",
         ["", "quiet, latest word", "beside the burst", "delay"],
     )
-    for kind in bench.among("ours", "bare", "litestar"):
-        found = [burst(bench, kind) for _ in range(bench.pick(1, 5))]
+    for kind in bench.among("ours", "bare", *bench.pick((), ("litestar",))):
+        found = [burst(bench, kind) for _ in range(bench.pick(1, 3) if kind == "ours" else 1)]
         quiet, beside = (median(each[which] for each in found) for which in (0, 1))
         delay = median(each[1] - each[0] for each in found)
         section.rows.append([NAMES[kind], ms(quiet), ms(beside), ms(delay)])

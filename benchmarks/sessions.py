@@ -21,25 +21,27 @@ if TYPE_CHECKING:
 # ---- 3. What an idle session costs ----
 
 KB = 1024
+FIRST = 20  # sessions that fill what the start has left free, before memory is compared
 
 
 def sessions_memory(bench: Bench, kind: str, count: int) -> tuple[float, float]:
     """Return the kB of one session that is idle, and of one that has had a turn of 20 words."""
-    with serve(kind) as server, visit(server, 1) as crowd:
-        talk_short(crowd, 1)
+    with serve(kind) as server, visit(server, FIRST) as crowd:
+        talk_short(crowd)
         before = server.memory
         crowd.do("open", count=count)
         server.settle()
         idle = (server.memory - before) / count / KB
-        talk_short(crowd, 0)
+        talk_short(crowd)
         server.settle()
         after = (server.memory - before) / count / KB
     bench.say(f"{NAMES[kind]}: {idle:.1f} kB idle, {after:.1f} kB after a turn")
     return idle, after
 
 
-def talk_short(crowd: Crowd, count: int) -> None:
-    crowd.do("talk", text=f"steady {PACE} 20", words=20, limit=LIMIT, spread=2.0 if count != 1 else 0.0, count=count)
+def talk_short(crowd: Crowd) -> None:
+    """Give each visitor a turn of 20 words."""
+    crowd.do("talk", text=f"steady {PACE} 20", words=20, limit=LIMIT, spread=1.0)
 
 
 def memory_of_a_session(bench: Bench) -> Section:
@@ -84,15 +86,15 @@ class House:
 
     def fill(self, seconds: float) -> None:
         """Begin to open the sessions, spread over *seconds*."""
-        self.crowd.do("open", count=1)
-        talk_short(self.crowd, 1)
+        self.crowd.do("open", count=FIRST)
+        talk_short(self.crowd)
         self.memory = float(self.server.memory)
-        self.crowd.begin("open", count=self.sessions - 1, seconds=seconds)
+        self.crowd.begin("open", count=self.sessions - FIRST, seconds=seconds)
 
     def rest(self) -> None:
         """Wait until the sessions are open, note what each holds, and begin to watch what they cost."""
         self.crowd.end()
-        self.memory = (self.server.memory - self.memory) / (self.sessions - 1) / KB
+        self.memory = (self.server.memory - self.memory) / (self.sessions - FIRST) / KB
         self.idle = self.server.cpu
 
     def wake(self, seconds: float) -> None:
@@ -110,7 +112,7 @@ class House:
 def growth(bench: Bench) -> Section:
     """Measure 6, and what idle sessions cost."""
     many = bench.pick(1_500, 5_000)
-    interval = bench.pick(12.5, 25.0)  # pings come every 25 s: what is opened evenly over half of it pings for half
+    interval = bench.pick(8.0, 25.0)  # pings are as dense in each part of the 25 s between two of them
     section = Section(
         "Idle sessions and growth",
         f"Servers of ours with {TALKERS} and {many:,} sessions, and a bare one with {many:,}, opened evenly over "
@@ -161,7 +163,7 @@ def import_time(bench: Bench) -> Goal:
     host = "from litestar import Litestar, get, websocket"
     programs = {"host": host, "ours": f"{host}; import chat_session"}
     found: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(bench.pick(6, 21)):
+    for turn in range(bench.pick(5, 16)):
         for name, program in programs.items():
             seconds = start_python(program)
             if turn:

@@ -171,7 +171,8 @@ async def come_back(old: int, new: int) -> tuple[float, float]:
 
 def spend_at(servers: dict[str, lab.Server], load: Load, name: str) -> float:
     """Return what a word costs at one of the servers."""
-    return spend(servers[name], load)[0]
+    with lab.visit(servers[name], load.visitors) as crowd:
+        return spend(servers[name], crowd, load)[0]
 
 
 def main(*, quick: bool) -> int:
