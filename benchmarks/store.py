@@ -2,7 +2,7 @@
 
     python benchmarks/store.py [--quick]
 
-Needs Debian's redis-server, which it starts on a free port. The words are counted as in words.py, whose visitors these
+Needs Debian's redis-server, which it starts on a free port. The words are counted as by run.py, whose visitors these
 are: rounds of a server with the store and one without, in turn, and the median of their ratios. Then a visitor of one
 worker, whose connection is cut in the middle of a reply, comes back to another.
 """
@@ -14,15 +14,18 @@ import asyncio
 import json
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import words
+import apps
+import lab
+from measures import PACE, Bench, ratio
+from words import Load, spend
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -37,7 +40,7 @@ CARRIED = 40  # words of that reply
 
 
 def our_app(redis_url: str) -> Any:
-    """Build the app of words.py, with rows in Redis where there is a *redis_url*."""
+    """Build the app that run.py measures, with rows in Redis where there is a *redis_url*."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from litestar import Litestar  # noqa: PLC0415
     from litestar.stores.redis import RedisStore  # noqa: PLC0415
@@ -45,94 +48,51 @@ def our_app(redis_url: str) -> Any:
     from chat_session import Chat, ChatSessionConfig, ChatSessionPlugin  # noqa: PLC0415
 
     async def ours(chat: Chat) -> AsyncIterator[str]:
-        manner, count = chat.message.split()
-        if manner == "steps":
-            for number in range(int(count)):
-                await asyncio.sleep(STEPS)
-                yield f"{number} " if number < int(count) - 1 else f"{time.time()}"
-            return
-        async for word in words.answer(chat.message):
-            yield word
+        manner, *numbers = chat.message.split()
+        return steps(int(numbers[0])) if manner == "steps" else apps.answer(chat.message)
 
     config = ChatSessionConfig(
         secret="a key that only this benchmark knows",
-        max_reply_chars=10_000_000,
         rows=RedisStore.with_client(redis_url) if redis_url else None,
+        **apps.OUR_LIMITS,
     )
     return Litestar(plugins=[ChatSessionPlugin(ours, config)])
 
 
-def serve(redis_url: str, port: int) -> None:
-    """Serve until told to stop."""
-    import uvicorn  # noqa: PLC0415
-
-    app = our_app(redis_url)
-    uvicorn.run(
-        app,
-        host=words.HOST,
-        port=port,
-        loop="uvloop",
-        log_level="warning",
-        access_log=False,
-        ws_per_message_deflate=False,
-    )
+async def steps(count: int) -> AsyncIterator[str]:
+    """Say *count* words slowly; the last says when it was said."""
+    for number in range(count):
+        await asyncio.sleep(STEPS)
+        yield f"{number} " if number < count - 1 else f"{time.time()}"
 
 
-@contextmanager
-def server(redis_url: str) -> Iterator[tuple[int, int]]:
-    """Run a server on a free port, and give its process id and the port."""
-    port = free_port()
-    arguments = [sys.executable, __file__, "--serve", redis_url, str(port)]
-    process = subprocess.Popen(arguments, preexec_fn=words.on_core(0))  # noqa: PLW1509
-    try:
-        words.wait_until_open(process, port)
-        yield process.pid, port
-    finally:
-        process.terminate()
-        process.wait()
+def server(redis_url: str) -> AbstractContextManager[lab.Server]:
+    """Run a server on a free port."""
+    return lab.serve("ours", redis_url, script=Path(__file__))
 
 
 @contextmanager
 def redis() -> Iterator[int]:
     """Run a Redis without persistence on a free port, away from the servers' core."""
-    program, port = shutil.which("redis-server"), free_port()
+    program, port = shutil.which("redis-server"), lab.free_port()
     if program is None:
         raise SystemExit("redis-server is missing")
-    arguments = [program, "--port", str(port), "--bind", words.HOST, "--save", "", "--loglevel", "warning"]
-    process = subprocess.Popen(arguments, preexec_fn=words.on_core(-1), stdout=subprocess.DEVNULL)  # noqa: PLW1509
+    arguments = [program, "--port", str(port), "--bind", apps.HOST, "--save", "", "--loglevel", "warning"]
+    process = subprocess.Popen(arguments, preexec_fn=lab.on_core(-1), stdout=subprocess.DEVNULL)  # noqa: PLW1509
     try:
-        words.wait_until_open(process, port)
+        lab.is_open(process, port)
         yield port
     finally:
         process.terminate()
         process.wait()
 
 
-def free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.create_server((words.HOST, 0)) as free:
-        return int(free.getsockname()[1])
-
-
 # ---- The measurements ----
-
-
-def compare(load: words.Load, servers: dict[str, tuple[int, int]], rounds: int) -> float:
-    """Return the median ratio of a word's cost with the store and without."""
-    ratios = []
-    for turn in range(rounds + 1):
-        costs = {}
-        for kind in sorted(servers, reverse=bool(turn % 2)):
-            costs[kind] = words.measure("ours", *servers[kind], load)
-            print(f"  {load.name}, round {turn}: {kind} {costs[kind]:.2f} µs{'' if turn else ' (warm-up)'}", flush=True)
-        if turn:
-            ratios.append(costs["redis"] / costs["memory"])
-    return statistics.median(ratios)
 
 
 def count_calls(port: int) -> int:
     """Ask Redis how many commands it has had of those that a store makes."""
-    with socket.create_connection((words.HOST, port)) as connection:
+    with socket.create_connection((apps.HOST, port)) as connection:
         connection.sendall(b"INFO commandstats\r\nQUIT\r\n")
         with connection.makefile("rb") as answer:
             lines = answer.read().decode().splitlines()
@@ -146,17 +106,17 @@ async def open_chat(port: int, previous: str = "") -> tuple[str, Any]:
     from websockets.typing import Subprotocol  # noqa: PLC0415
 
     token = await fetch_token(port, previous)
-    protocols = [Subprotocol(words.VERSION), Subprotocol(f"token.{token}")]
-    address = f"ws://{words.HOST}:{port}/chat/socket"
+    protocols = [Subprotocol(apps.VERSION), Subprotocol(f"token.{token}")]
+    address = f"ws://{apps.HOST}:{port}/chat/socket"
     return token, await connect(address, subprotocols=protocols, compression=None, ping_interval=None, proxy=None)
 
 
 async def fetch_token(port: int, previous: str) -> str:
     """Fetch a token; *previous* is the one of the connection that was lost."""
     body = f"previous={previous}"
-    reader, writer = await asyncio.open_connection(words.HOST, port)
+    reader, writer = await asyncio.open_connection(apps.HOST, port)
     writer.write(
-        f"POST /chat/token HTTP/1.1\r\nHost: {words.HOST}\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"POST /chat/token HTTP/1.1\r\nHost: {apps.HOST}\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
     )
     answer = (await reader.read()).partition(b"\r\n\r\n")[2]
@@ -171,7 +131,7 @@ async def ask(chat: Any, text: str, name: str = "m1") -> None:
 
 async def read_until(chat: Any, kind: str) -> dict[str, Any]:
     """Read frames up to one of *kind*."""
-    async with asyncio.timeout(words.PATIENCE):
+    async with asyncio.timeout(lab.PATIENCE):
         while True:
             frame: dict[str, Any] = json.loads(await chat.recv())
             if frame["type"] == kind:
@@ -209,23 +169,33 @@ async def come_back(old: int, new: int) -> tuple[float, float]:
     return appeared, ended
 
 
+def spend_at(servers: dict[str, lab.Server], load: Load, name: str) -> float:
+    """Return what a word costs at one of the servers."""
+    with lab.visit(servers[name], load.visitors) as crowd:
+        return spend(servers[name], crowd, load)[0]
+
+
 def main(*, quick: bool) -> int:
     """Measure, print a table, and return how many goals were missed."""
+    bench = Bench(quick, ["ours"])
     loads = [
-        words.Load(f"{words.PACE} words a second, 200 visitors", "steady", 200, 200 if quick else 500, goal=1.05),
-        words.Load("bursts of 2,000 words, 40 visitors", "burst", 40, 2_000, goal=1.05),
+        Load(f"{PACE} words a second, 200 visitors", f"steady {PACE}", 200, 200 if quick else 500, {"memory": 1.05}),
+        Load("bursts of 2,000 words, 40 visitors", "burst", 40, 2_000, {"memory": 1.05}),
     ]
-    print(words.describe_machine(), flush=True)
+    print(lab.describe_machine(), flush=True)
+    results = []
     with ExitStack() as stack:
         redis_port = stack.enter_context(redis())
-        url = f"redis://{words.HOST}:{redis_port}"
+        url = f"redis://{apps.HOST}:{redis_port}"
         servers = {"memory": stack.enter_context(server("")), "redis": stack.enter_context(server(url))}
-        _, other = stack.enter_context(server(url))
-        results = [
-            (f"word, {load.name}: Redis / memory", compare(load, servers, 3 if quick else 7), load.goal)
-            for load in loads
-        ]
-        _, port = servers["redis"]
+        other = stack.enter_context(server(url)).port
+        for load in loads:
+            found = bench.compare(load.name, list(servers), partial(spend_at, servers, load))
+            results.append(
+                (f"word, {load.name}: Redis / memory", ratio(found, "redis", "memory"), load.goals["memory"])
+            )
+        port = servers["redis"].port
+        servers["redis"].settle()  # the visitors of the last round have left, which is saved
         before = count_calls(redis_port)
         asyncio.run(converse(port))
         results.append((f"store calls of a conversation of {TURNS} turns", count_calls(redis_port) - before, 4))
@@ -241,9 +211,7 @@ def main(*, quick: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        serve(options.serve[0], int(options.serve[1]))
+    if sys.argv[1:2] == ["ours"]:  # as lab.serve starts it
+        apps.serve(our_app(sys.argv[3]), int(sys.argv[2]))
     else:
-        sys.exit(main(quick=options.quick))
+        sys.exit(main(quick=parser.parse_args().quick))

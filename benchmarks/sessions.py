@@ -1,0 +1,180 @@
+"""Measures 3 and 6: what a session holds, what an idle one costs, and what many of them change."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lab import FOLDER, NAMES, serve, visit
+from measures import LIMIT, PACE, Bench, median, ratio
+from report import Goal, Section, show
+
+if TYPE_CHECKING:
+    from lab import Crowd, Server
+
+
+# ---- 3. What an idle session costs ----
+
+KB = 1024
+FIRST = 20  # sessions that fill what the start has left free, before memory is compared
+
+
+def sessions_memory(bench: Bench, kind: str, count: int) -> tuple[float, float]:
+    """Return the kB of one session that is idle, and of one that has had a turn of 20 words."""
+    with serve(kind) as server, visit(server, FIRST) as crowd:
+        talk_short(crowd)
+        before = server.memory
+        crowd.do("open", count=count)
+        server.settle()
+        idle = (server.memory - before) / count / KB
+        talk_short(crowd)
+        server.settle()
+        after = (server.memory - before) / count / KB
+    bench.say(f"{NAMES[kind]}: {idle:.1f} kB idle, {after:.1f} kB after a turn")
+    return idle, after
+
+
+def talk_short(crowd: Crowd) -> None:
+    """Give each visitor a turn of 20 words."""
+    crowd.do("talk", text=f"steady {PACE} 20", words=20, limit=LIMIT, spread=1.0)
+
+
+def memory_of_a_session(bench: Bench) -> Section:
+    """Measure 3, but for the CPU of idle sessions, which measure 6 has sessions enough for."""
+    count = bench.pick(300, 1_000)
+    section = Section(
+        "Memory per session",
+        f"Memory (PSS) that one of {count:,} sessions adds to the server, the server's own websocket included; and the "
+        "same after a turn of 20 words in each. What a server holds by itself, with no session, is not counted.",
+        ["", "idle", "after a turn", "beyond bare, idle", "beyond bare, after a turn"],
+    )
+    found: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(bench.pick(1, 3)):
+        kinds = bench.among(*NAMES) if not (turn or bench.is_quick) else bench.among("ours", "bare", "litestar")
+        for kind in kinds:
+            if kind != "sse":  # it keeps no session
+                found.setdefault(kind, []).append(sessions_memory(bench, kind, count))
+    medians = {kind: [median(pair[which] for pair in pairs) for which in (0, 1)] for kind, pairs in found.items()}
+    for kind, pair in medians.items():
+        beyond = [kilobytes - bare for kilobytes, bare in zip(pair, medians["bare"], strict=True)]
+        section.rows.append([NAMES[kind], *(f"{show(value)} kB" for value in (*pair, *beyond))])
+    for which, (name, limit) in enumerate((("idle", 4), ("after a turn of 20 words", 8))):
+        value = medians["ours"][which] - medians["bare"][which]
+        section.goals.append(Goal(f"a session of ours beyond a bare websocket, {name}", value, limit, " kB"))
+    return section
+
+
+# ---- 6. Growth ----
+
+TALKERS = 100
+
+
+@dataclass
+class House:
+    """A server of ours with some sessions open."""
+
+    server: Server
+    crowd: Crowd
+    sessions: int
+    memory: float = 0.0
+    idle: float = 0.0
+
+    def fill(self, seconds: float) -> None:
+        """Begin to open the sessions, spread over *seconds*."""
+        self.crowd.do("open", count=FIRST)
+        talk_short(self.crowd)
+        self.memory = float(self.server.memory)
+        self.crowd.begin("open", count=self.sessions - FIRST, seconds=seconds)
+
+    def rest(self) -> None:
+        """Wait until the sessions are open, note what each holds, and begin to watch what they cost."""
+        self.crowd.end()
+        self.memory = (self.server.memory - self.memory) / (self.sessions - FIRST) / KB
+        self.idle = self.server.cpu
+
+    def wake(self, seconds: float) -> None:
+        """Note the share of a core that the sessions have cost while nobody talked."""
+        self.idle = (self.server.cpu - self.idle) / seconds
+
+    def cost(self, words: int) -> float:
+        """Return the microseconds of a word for a hundred talkers, what the idle cost by the way taken off."""
+        before, begun = self.server.cpu, time.monotonic()
+        told = self.crowd.do("talk", text=f"steady {PACE} {words}", words=words, limit=LIMIT, spread=0.2, count=TALKERS)
+        spent = self.server.cpu - before - self.idle * (time.monotonic() - begun)
+        return float(spent / told["words"] * 1e6)
+
+
+def growth(bench: Bench) -> Section:
+    """Measure 6, and what idle sessions cost."""
+    many = bench.pick(1_500, 5_000)
+    interval = bench.pick(8.0, 25.0)  # pings are as dense in each part of the 25 s between two of them
+    section = Section(
+        "Idle sessions and growth",
+        f"Servers of ours with {TALKERS} and {many:,} sessions, and a bare one with {many:,}, opened evenly over "
+        f"{interval:g} s so that their pings (one in 25 s from us, one in 20 s from uvicorn) are spread. Then nobody talks "
+        f"for {interval:g} s, and then {TALKERS} talk at {PACE} words a second, on each server in turn; what idle "
+        "sessions cost by the way is taken off a word's CPU.",
+        ["sessions", "CPU per word", "memory per session", "idle, share of a core"],
+    )
+    with ExitStack() as stack:
+        plan = {"few": ("ours", TALKERS), "many": ("ours", many), "bare": ("bare", many)}
+        houses = {name: open_house(stack, kind, size) for name, (kind, size) in plan.items()}
+        rest_all(list(houses.values()), interval)
+        for name, house in houses.items():
+            bench.say(f"{name}: {house.sessions} sessions, {house.memory:.1f} kB each, {house.idle:.2%} of a core")
+        words = bench.pick(50, 150)
+        found = bench.compare(f"{TALKERS} talkers", list(houses), lambda name: houses[name].cost(words))
+    for name, house in houses.items():
+        cells = [f"{show(median(found[name]))} µs", f"{show(house.memory)} kB", f"{house.idle:.2%}"]
+        section.rows.append([f"{NAMES[house.server.kind]}, {house.sessions:,}", *cells])
+    section.goals += [
+        Goal(f"CPU of {many:,} idle sessions, pings included", houses["many"].idle * 100, 5, " %"),
+        Goal(f"CPU per word, {many:,} / {TALKERS} sessions", ratio(found, "many", "few"), 1.25),
+        Goal(f"memory per session, {many:,} / {TALKERS} sessions", houses["many"].memory / houses["few"].memory, 1.25),
+        import_time(bench),
+    ]
+    return section
+
+
+def open_house(stack: ExitStack, kind: str, sessions: int) -> House:
+    server = stack.enter_context(serve(kind))
+    return House(server, stack.enter_context(visit(server)), sessions)
+
+
+def rest_all(houses: list[House], seconds: float) -> None:
+    """Open all sessions over *seconds*, and leave them alone for as long."""
+    for house in houses:
+        house.fill(seconds)
+    for house in houses:
+        house.rest()
+    begun = time.monotonic()
+    time.sleep(seconds)
+    for house in houses:
+        house.wake(time.monotonic() - begun)
+
+
+def import_time(bench: Bench) -> Goal:
+    """Compare the CPU of many interpreter starts, with Litestar and with the module besides."""
+    host = "from litestar import Litestar, get, websocket"
+    programs = {"host": host, "ours": f"{host}; import chat_session"}
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(bench.pick(5, 16)):
+        for name, program in programs.items():
+            seconds = start_python(program)
+            if turn:
+                found[name].append(seconds)
+    bench.say(f"import: Litestar {median(found['host']):.3f} s, with ours {median(found['ours']):.3f} s")
+    return Goal("importing Litestar and the module / Litestar alone", ratio(found, "ours", "host"), 1.1)
+
+
+def start_python(program: str) -> float:
+    """Return the CPU seconds of one interpreter's life."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", program], cwd=FOLDER.parent, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
