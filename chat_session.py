@@ -910,7 +910,7 @@ def _tell(error: BaseException, *, debug: bool = False) -> str:
     return "\n".join([type(error).__qualname__, *traceback.format_tb(error.__traceback__)]).rstrip()
 
 
-# ---- The conversation ------------------------------------------------------------------------------------------------
+# ---- Replies ---------------------------------------------------------------------------------------------------------
 
 
 class _WrongAnswerError(TypeError):
@@ -1196,6 +1196,9 @@ class _Answer:
         self.end("failed")
 
 
+# ---- Replies that wait for their visitor -----------------------------------------------------------------------------
+
+
 class _Past:
     """An ended session whose replies wait for their visitor: the last, which the row carries, and those before it."""
 
@@ -1237,6 +1240,9 @@ class _Past:
         self._desk.rows.put(self._row)
         if self._earlier is not None:
             self._earlier.forget()
+
+
+# ---- The conversation ------------------------------------------------------------------------------------------------
 
 
 #: What the visitor can do about a message that is not taken.
@@ -1595,6 +1601,9 @@ def _utc() -> datetime:
 
 def _new_reply(message_id: str) -> Reply:
     return Reply(secrets.token_urlsafe(12), message_id, "", [], "streaming")
+
+
+# ---- What the conversations share ------------------------------------------------------------------------------------
 
 
 class _Desk:
