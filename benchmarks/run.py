@@ -57,7 +57,7 @@ def run(bench: Bench, numbers: list[int]) -> list[Section]:
 def main(*, is_quick: bool, numbers: list[int], folder: Path) -> int:
     """Measure, print and write, and return how many goals were missed."""
     absent = lab.missing()
-    bench = Bench(is_quick, [kind for kind in lab.NAMES if kind not in absent])
+    bench = Bench(is_quick, [kind for kind in lab.NAMES if kind not in absent], absent)
     machine = lab.describe_machine()
     print(machine, *(f"Not run: {lab.NAMES[kind]}: {why}" for kind, why in absent.items()), sep="\n", flush=True)
     sections = run(bench, numbers)
