@@ -60,7 +60,7 @@ def cost_of_a_word(bench: Bench) -> Section:
     ]
     section.header = ["", *(load.name for load in loads), *(f"ratio to bare, {load.name}" for load in loads)]
     with ExitStack() as stack:
-        kinds = bench.among("ours", "bare", "litestar", "socketio", "chainlit") if bench.is_quick else bench.kinds
+        kinds = bench.among("ours", "bare", "litestar", "socketio", "chainlit") if bench.is_quick else list(bench.kinds)
         houses = {kind: house for kind in kinds if (house := open_house(bench, stack, kind))}
         kinds = list(houses)
         results = [compare_words(bench, section, houses, load) for load in loads]
