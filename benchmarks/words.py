@@ -147,6 +147,7 @@ class Search:
         if size > self._opened:
             self._crowd.do("open", count=size - self._opened)
             self._opened = size
+            self._server.settle()
         return self._crowd
 
     def _try(self, size: int) -> None:
