@@ -23,6 +23,7 @@ class Bench:
 
     is_quick: bool
     kinds: list[str]
+    absent: dict[str, str] = field(default_factory=dict[str, str])
     begun: float = field(default_factory=time.monotonic)
 
     def pick(self, quick: Any, full: Any) -> Any:
@@ -32,6 +33,12 @@ class Bench:
     def say(self, text: str) -> None:
         """Show progress."""
         print(f"  {time.monotonic() - self.begun:5.0f} s  {text}", flush=True)
+
+    def drop(self, kind: str, why: object) -> None:
+        """Go on without a peer that does not run here."""
+        self.kinds.remove(kind)
+        self.absent[kind] = str(why)
+        self.say(f"not run: {NAMES[kind]}: {why}")
 
     def among(self, *kinds: str) -> list[str]:
         """Return those of *kinds* that take part."""

@@ -52,7 +52,7 @@ def neighbours(bench: Bench) -> Section:
         ["", "quiet p99", "beside a flood", "beside one who reads nothing", "his answerer's pace"],
     )
     seconds = bench.pick(2, 4)
-    for kind in bench.among("ours", "bare", *bench.pick((), ("litestar",))):
+    for kind in bench.among("ours", *bench.pick((), ("bare", "litestar"))):
         found = [disturb(bench, kind, seconds) for _ in range(bench.pick(1, 3) if kind == "ours" else 1)]
         quiet, flood, stall, said = (median(each[which] for each in found) for which in range(4))
         section.rows.append([NAMES[kind], ms(quiet), ms(flood) if kind == "ours" else "–", ms(stall), f"{said:.0%}"])
@@ -105,7 +105,7 @@ def bursts(bench: Bench) -> Section:
         f"more gets {BURST:,} words that his answerer yields without a pause.",
         ["", "quiet, latest word", "beside the burst", "delay"],
     )
-    for kind in bench.among("ours", "bare", *bench.pick((), ("litestar",))):
+    for kind in bench.among("ours", *bench.pick((), ("bare", "litestar"))):
         found = [burst(bench, kind) for _ in range(bench.pick(1, 3) if kind == "ours" else 1)]
         quiet, beside = (median(each[which] for each in found) for which in (0, 1))
         delay = median(each[1] - each[0] for each in found)

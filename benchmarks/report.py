@@ -46,6 +46,7 @@ class Section:
     rows: list[list[str]] = field(default_factory=list[list[str]])
     goals: list[Goal] = field(default_factory=list[Goal])
     notes: list[str] = field(default_factory=list[str])
+    is_measured: bool = True
     bars: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     @property

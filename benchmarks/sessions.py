@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab import FOLDER, NAMES, serve, visit
+from lab import FOLDER, NAMES, on_core, serve, visit
 from measures import LIMIT, PACE, Bench, median, ratio
 from report import Goal, Section, show
 
@@ -55,7 +55,7 @@ def memory_of_a_session(bench: Bench) -> Section:
     )
     found: dict[str, list[tuple[float, float]]] = {}
     for turn in range(bench.pick(1, 3)):
-        kinds = bench.among(*NAMES) if not (turn or bench.is_quick) else bench.among("ours", "bare", "litestar")
+        kinds = bench.among("ours", "bare") if turn or bench.is_quick else bench.kinds
         for kind in kinds:
             if kind != "sse":  # it keeps no session
                 found.setdefault(kind, []).append(sessions_memory(bench, kind, count))
@@ -72,6 +72,7 @@ def memory_of_a_session(bench: Bench) -> Section:
 # ---- 6. Growth ----
 
 TALKERS = 100
+INTERVAL = 25.0  # seconds between our pings; uvicorn's are 20 s apart
 
 
 @dataclass
@@ -112,19 +113,19 @@ class House:
 def growth(bench: Bench) -> Section:
     """Measure 6, and what idle sessions cost."""
     many = bench.pick(1_500, 5_000)
-    interval = bench.pick(8.0, 25.0)  # pings are as dense in each part of the 25 s between two of them
+    opening = bench.pick(8.0, INTERVAL)
     section = Section(
         "Idle sessions and growth",
         f"Servers of ours with {TALKERS} and {many:,} sessions, and a bare one with {many:,}, opened evenly over "
-        f"{interval:g} s so that their pings (one in 25 s from us, one in 20 s from uvicorn) are spread. Then nobody talks "
-        f"for {interval:g} s, and then {TALKERS} talk at {PACE} words a second, on each server in turn; what idle "
-        "sessions cost by the way is taken off a word's CPU.",
+        f"{opening:g} s. Then nobody talks for {INTERVAL:g} s, in which each session is pinged once by us and once or twice "
+        f"by uvicorn; and then {TALKERS} talk at {PACE} words a second, on each server in turn. What idle sessions cost "
+        "by the way is taken off a word's CPU.",
         ["sessions", "CPU per word", "memory per session", "idle, share of a core"],
     )
     with ExitStack() as stack:
         plan = {"few": ("ours", TALKERS), "many": ("ours", many), "bare": ("bare", many)}
         houses = {name: open_house(stack, kind, size) for name, (kind, size) in plan.items()}
-        rest_all(list(houses.values()), interval)
+        imports = rest_all(bench, list(houses.values()), opening)
         for name, house in houses.items():
             bench.say(f"{name}: {house.sessions} sessions, {house.memory:.1f} kB each, {house.idle:.2%} of a core")
         words = bench.pick(50, 150)
@@ -136,7 +137,7 @@ def growth(bench: Bench) -> Section:
         Goal(f"CPU of {many:,} idle sessions, pings included", houses["many"].idle * 100, 5, " %"),
         Goal(f"CPU per word, {many:,} / {TALKERS} sessions", ratio(found, "many", "few"), 1.25),
         Goal(f"memory per session, {many:,} / {TALKERS} sessions", houses["many"].memory / houses["few"].memory, 1.25),
-        import_time(bench),
+        imports,
     ]
     return section
 
@@ -146,16 +147,18 @@ def open_house(stack: ExitStack, kind: str, sessions: int) -> House:
     return House(server, stack.enter_context(visit(server)), sessions)
 
 
-def rest_all(houses: list[House], seconds: float) -> None:
-    """Open all sessions over *seconds*, and leave them alone for as long."""
+def rest_all(bench: Bench, houses: list[House], opening: float) -> Goal:
+    """Open all sessions over *opening* seconds, and leave them alone; other interpreters start meanwhile."""
     for house in houses:
-        house.fill(seconds)
+        house.fill(opening)
     for house in houses:
         house.rest()
     begun = time.monotonic()
-    time.sleep(seconds)
+    imports = import_time(bench)
+    time.sleep(max(0.0, begun + INTERVAL - time.monotonic()))
     for house in houses:
         house.wake(time.monotonic() - begun)
+    return imports
 
 
 def import_time(bench: Bench) -> Goal:
@@ -175,6 +178,6 @@ def import_time(bench: Bench) -> Goal:
 def start_python(program: str) -> float:
     """Return the CPU seconds of one interpreter's life."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", program], cwd=FOLDER.parent, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=FOLDER.parent, check=True, preexec_fn=on_core(-1))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
