@@ -56,7 +56,7 @@ def cost_of_a_word(bench: Bench) -> Section:
     loads = [
         Load("50 words/s × 200", f"steady {PACE}", VISITORS, bench.pick(50, 150), {"bare": 1.3, "litestar": 1.1}),
         Load("500 words/s × 50", "steady 500", 50, bench.pick(150, 500), {"bare": 0.7}),
-        Load("bursts × 40", "burst", 40, bench.pick(500, 1_000), {"bare": 0.2}),
+        Load("bursts × 40", "burst", 40, bench.pick(1_000, 2_000), {"bare": 0.2}),
     ]
     section.header = ["", *(load.name for load in loads), *(f"ratio to bare, {load.name}" for load in loads)]
     with ExitStack() as stack:
