@@ -75,6 +75,7 @@ import base64
 import contextlib
 import copy
 import hashlib
+import heapq
 import hmac
 import inspect
 import ipaddress
@@ -655,6 +656,78 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
+# ---- Alarms ----------------------------------------------------------------------------------------------------------
+
+
+class _Alarm:
+    """One call to come; cancelled, it holds nothing."""
+
+    __slots__ = ("due", "ring")
+
+    def __init__(self, due: float, ring: Callable[[], object]) -> None:
+        self.due = due
+        self.ring: Callable[[], object] | None = ring
+
+
+class _Alarms:
+    """Many alarms on one timer: uvloop's timers take 700 bytes each, and a session needs three.
+
+    Entries are told apart by a number, so that the heap never compares alarms.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, _Alarm]] = []
+        self._count = self._cancelled = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def at(self, due: float, ring: Callable[[], object]) -> _Alarm:
+        """Call *ring* when the event loop's clock shows *due*."""
+        alarm = _Alarm(due, ring)
+        self._count += 1
+        heapq.heappush(self._heap, (due, self._count, alarm))
+        self._arm()
+        return alarm
+
+    def cancel(self, alarm: _Alarm) -> None:
+        """Forget *alarm*; its entry goes when it comes first, or when half of all entries are such."""
+        if alarm.ring is None:
+            return
+        alarm.ring = None
+        self._cancelled += 1
+        if 2 * self._cancelled > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].ring is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+            self._arm()
+
+    def clear(self) -> None:
+        """Forget all, and the event loop that they were for."""
+        self._heap.clear()
+        self._cancelled = 0
+        self._timer = None
+
+    def _arm(self) -> None:
+        due = self._heap[0][0] if self._heap else None
+        if self._timer is not None and (due is None or due < self._timer.when()):
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, now = None, _now()
+        try:
+            while self._heap and self._heap[0][0] <= now:
+                alarm = heapq.heappop(self._heap)[2]
+                ring, alarm.ring = alarm.ring, None
+                if ring is None:
+                    self._cancelled -= 1
+                else:
+                    ring()
+        finally:
+            self._arm()
+
+
 # ---- Scratchpads -----------------------------------------------------------------------------------------------------
 
 _Turn: TypeAlias = tuple[Message, ...]
@@ -668,7 +741,8 @@ class _Scratchpads:
     assigned anew and followed by a sweep. It has room for every open session, so it never evicts a live one.
     """
 
-    def __init__(self, config: ChatSessionConfig) -> None:
+    def __init__(self, config: ChatSessionConfig, alarms: _Alarms) -> None:
+        self._alarms = alarms
         self._limit = config.scratchpad_turns
         self._cache: TTLCache[str, tuple[_Turn, ...]] = TTLCache(config.max_sessions, config.scratchpad_ttl, timer=_now)
 
@@ -679,7 +753,7 @@ class _Scratchpads:
 
     def keep(self, session_id: str, turns: tuple[_Turn, ...]) -> None:
         self._cache[session_id] = turns
-        asyncio.get_running_loop().call_later(self._cache.ttl + 0.05, self._cache.expire)
+        self._alarms.at(_now() + self._cache.ttl + 0.05, self._cache.expire)
 
     def drop(self, session_id: str) -> None:
         self._cache.pop(session_id, None)
@@ -1272,7 +1346,7 @@ class _Conversation:
         self._line = line
         self._rate = _Rate(desk.config.messages_per_minute)
         self._waiting: dict[str, str] = {}
-        self._taken: set[str] = set()
+        self._taken: dict[str, None] = {}
         self._talk: _Talk | None = None
         self._answer: _Answer | None = None
         self._last: _Answer | None = None
@@ -1281,7 +1355,7 @@ class _Conversation:
         self._mark: int | None = None
         self._settling: asyncio.Task[None] | None = None
         self._is_renounced = False
-        self._idle: asyncio.TimerHandle | None = None
+        self._idle: _Alarm | None = None
         self._invalid = 0
         self._warned = False
 
@@ -1321,14 +1395,14 @@ class _Conversation:
         elif wait := self._rate.wait(_now()):
             self.reject(message_id, "rate-limited", wait)
         else:
-            self._taken.add(message_id)
+            self._taken[message_id] = None
             self._waiting[message_id] = text
             self._proceed()
 
     def stop(self, message_id: str | None) -> None:
         """Stop the running reply, or take a waiting message back."""
         if message_id is not None and self._waiting.pop(message_id, None) is not None:
-            self._taken.discard(message_id)
+            del self._taken[message_id]
             self.reject(message_id, "cancelled")
             self._rest()
         elif (running := self._running) is not None and message_id in (None, running.in_reply_to):
@@ -1398,7 +1472,7 @@ class _Conversation:
         self._waiting.clear()
         self._talk = None
         if self._idle is not None:
-            self._idle.cancel()
+            self._desk.alarms.cancel(self._idle)
         if self._answer is not None and self._answer.owner is self:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
@@ -1555,7 +1629,7 @@ class _Conversation:
         The page asks again only for what it has not seen end, so it is sent what was not sent yet. That may
         interrupt the reply which is being sent; starting it once more puts that right.
         """
-        self._taken.add(carried.in_reply_to)
+        self._taken[carried.in_reply_to] = None
         self._keep(carried)
         talk = (self._desk.pads.earlier(self.row.id), Message(role="user", content=text))
         if carried.status == "streaming":
@@ -1573,7 +1647,7 @@ class _Conversation:
         """Start the idle time anew; a timer that runs already finds out when it rings."""
         self._quiet = _now()
         if self._warned and self._idle is not None:
-            self._idle.cancel()  # it waits for the end, and the next warning may come before that
+            self._desk.alarms.cancel(self._idle)  # it waits for the end, and the next warning may come before that
             self._idle = None
         self._warned = False
         if self._idle is None and not self.is_over:
@@ -1592,7 +1666,7 @@ class _Conversation:
         if now >= warn_at and not self._warned:
             self._warned = True
             self._line.post("session-idle", closesIn=round(end_at - now, 3))
-        self._idle = asyncio.get_running_loop().call_at(end_at if self._warned else warn_at, self._look_idle)
+        self._idle = self._desk.alarms.at(end_at if self._warned else warn_at, self._look_idle)
 
 
 def _utc() -> datetime:
@@ -1615,7 +1689,8 @@ class _Desk:
         self.answer = answer
         self.answerer = _name(answer)
         self.config = config
-        self.pads = _Scratchpads(config)
+        self.alarms = _Alarms()
+        self.pads = _Scratchpads(config, self.alarms)
         self.rows = _Rows(config, self.renounce)
         self.sessions: dict[str, _Conversation] = {}
         self.addresses: Counter[str] = Counter()
@@ -1777,7 +1852,8 @@ class _Office:
     One courier serves all the lines that are ready; while it is held up, the next turn of the loop sends another.
     """
 
-    def __init__(self, send_timeout: float) -> None:
+    def __init__(self, send_timeout: float, alarms: _Alarms) -> None:
+        self.alarms = alarms
         self._send_timeout = send_timeout
         self._ready: deque[_Line] = deque()
         self._slow: list[_Line] = []
@@ -1839,8 +1915,8 @@ class _Line:
     """One visitor's websocket: a reader for its whole life, an outbox, and a pulse."""
 
     __slots__ = (
-        *("_code", "_courier", "_due", "_heard", "_interval", "_is_cut", "_left", "_limit", "_max_bytes", "_office"),
-        *("_outbox", "_pulse", "_queued", "_socket", "conversation", "posted", "sent", "speaker"),
+        *("_code", "_courier", "_due", "_heard", "_interval", "_is_cut", "_left", "_max_bytes", "_office"),
+        *("_outbox", "_pulse", "_queued", "_reader", "_socket", "conversation", "posted", "sent", "speaker"),
     )
 
     conversation: _Conversation
@@ -1854,13 +1930,13 @@ class _Line:
         self._queued: Literal["", "later", "soon"] = ""
         self._courier: _Courier | None = None
         self._is_cut = False
-        self._limit: asyncio.Timeout | None = None
+        self._reader: asyncio.Task[Any] | None = None
         self._code: _Close | None = None
         self._left: int | None = None
         self._heard = self._due = _now()
         self.speaker: _Answer | None = None
         self.posted = self.sent = 0
-        self._pulse = asyncio.get_running_loop().call_later(self._interval, self._beat)
+        self._pulse = office.alarms.at(self._heard + self._interval, self._beat)
 
     # Outgoing.
 
@@ -1936,33 +2012,31 @@ class _Line:
         """Send what is in the outbox, then close; the reader is stopped first (decision 2)."""
         if self._code is None:
             self._code = code
-            if self._limit is not None:
-                self._limit.reschedule(_now())
+            if self._reader is not None and self._reader is not asyncio.current_task():
+                self._reader.cancel()
 
     # Incoming.
 
     async def serve(self) -> None:
-        """Read until the visitor leaves or we hang up, and close."""
+        """Read until the visitor leaves or we hang up, and close.
+
+        A flood is read fast, or it piles up in the server and is parsed in one go; now and then the others get a turn.
+        """
+        self._reader, count = asyncio.current_task(), 0
         try:
-            async with asyncio.timeout(None if self._code is None else 0) as self._limit:
-                await self._read_all()
-        except TimeoutError:
-            if self._code is None:
+            while self._code is None and self._take(await self._receive()):
+                count += 1
+                if count % _GULP == 0:
+                    await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if self._code is None or cast("asyncio.Task[Any]", self._reader).uncancel():
                 raise
         finally:
-            self._limit = None
-            self._pulse.cancel()
+            self._reader = None
+            self._office.alarms.cancel(self._pulse)
             self.conversation.gone(self._left)
         if self._left is None:
             await self._close()
-
-    async def _read_all(self) -> None:
-        """Read fast, or a flood piles up in the server and is parsed in one go; the others get a turn now and then."""
-        count = 0
-        while self._take(await self._receive()):
-            count += 1
-            if count % _GULP == 0:
-                await asyncio.sleep(0)
 
     async def _receive(self) -> Any:
         try:
@@ -2029,7 +2103,7 @@ class _Line:
             self._due = now
             self.post("ping")
         due = min(self._due + self._interval, lost_at)
-        self._pulse = asyncio.get_running_loop().call_at(due, self._beat)
+        self._pulse = self._office.alarms.at(due, self._beat)
 
 
 # ---- The plugin ------------------------------------------------------------------------------------------------------
@@ -2058,7 +2132,7 @@ class ChatSessionPlugin(InitPlugin):
         self._config = config
         self._keys = [_derive(key, config.path) for key in _find_keys(config.secret)]
         self._desk = _Desk(answer, config)
-        self._office = _Office(config.send_timeout)
+        self._office = _Office(config.send_timeout, self._desk.alarms)
         self._used: TTLCache[str, bool] = TTLCache(math.inf, config.token_ttl + 1, timer=_now)
         self._rates: TTLCache[str, _Rate] = TTLCache(_ADDRESS_LIMIT, 60.0, timer=_now)
         self._handlers: set[asyncio.Task[Any]] = set()
@@ -2120,6 +2194,8 @@ class ChatSessionPlugin(InitPlugin):
     async def _lifespan(self, app: Litestar) -> AsyncGenerator[None]:
         self._desk.open(app)
         self._desk.is_draining = False
+        self._desk.alarms.clear()
+        self._office = _Office(self._config.send_timeout, self._desk.alarms)  # an earlier one may be of another loop
         try:
             yield
         finally:
