@@ -660,13 +660,19 @@ def _now() -> float:
 
 
 class _Alarm:
-    """One call to come; cancelled, it holds nothing."""
+    """One call to come; once it has come or is cancelled, it holds nothing."""
 
-    __slots__ = ("due", "ring")
+    __slots__ = ("_alarms", "ring")
 
-    def __init__(self, due: float, ring: Callable[[], object]) -> None:
-        self.due = due
+    def __init__(self, alarms: _Alarms, ring: Callable[[], object]) -> None:
+        self._alarms = alarms
         self.ring: Callable[[], object] | None = ring
+
+    def cancel(self) -> None:
+        """Let the call not come."""
+        if self.ring is not None:
+            self.ring = None
+            self._alarms.thin_out()
 
 
 class _Alarms:
@@ -678,21 +684,23 @@ class _Alarms:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, _Alarm]] = []
         self._count = self._cancelled = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = math.inf
 
     def at(self, due: float, ring: Callable[[], object]) -> _Alarm:
         """Call *ring* when the event loop's clock shows *due*."""
-        alarm = _Alarm(due, ring)
+        alarm = _Alarm(self, ring)
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, alarm))
         self._arm()
         return alarm
 
-    def cancel(self, alarm: _Alarm) -> None:
-        """Forget *alarm*; its entry goes when it comes first, or when half of all entries are such."""
-        if alarm.ring is None:
-            return
-        alarm.ring = None
+    def after(self, seconds: float, ring: Callable[[], object]) -> _Alarm:
+        """Call *ring* in so many seconds."""
+        return self.at(_now() + seconds, ring)
+
+    def thin_out(self) -> None:
+        """Drop what is cancelled as soon as that is half of all."""
         self._cancelled += 1
         if 2 * self._cancelled > len(self._heap):
             self._heap = [entry for entry in self._heap if entry[2].ring is not None]
@@ -707,12 +715,12 @@ class _Alarms:
         self._timer = None
 
     def _arm(self) -> None:
-        due = self._heap[0][0] if self._heap else None
-        if self._timer is not None and (due is None or due < self._timer.when()):
+        if self._timer is not None and (not self._heap or self._heap[0][0] < self._rings_at):
             self._timer.cancel()
             self._timer = None
-        if self._timer is None and due is not None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._ring)
+        if self._timer is None and self._heap:
+            self._rings_at = self._heap[0][0]
+            self._timer = asyncio.get_running_loop().call_at(self._rings_at, self._ring)
 
     def _ring(self) -> None:
         self._timer, now = None, _now()
@@ -753,7 +761,7 @@ class _Scratchpads:
 
     def keep(self, session_id: str, turns: tuple[_Turn, ...]) -> None:
         self._cache[session_id] = turns
-        self._alarms.at(_now() + self._cache.ttl + 0.05, self._cache.expire)
+        self._alarms.after(self._cache.ttl + 0.05, self._cache.expire)
 
     def drop(self, session_id: str) -> None:
         self._cache.pop(session_id, None)
@@ -1029,7 +1037,7 @@ class _Answer:
     """A reply: asks the answerer in a task of its own, and tells whichever line listens."""
 
     __slots__ = (
-        *("_born", "_desk", "_fresh", "_half", "_heard", "_line", "_parts", "_room", "_task", "_timer", "_told"),
+        *("_alarm", "_born", "_desk", "_fresh", "_half", "_heard", "_line", "_parts", "_room", "_task", "_told"),
         *("id", "in_reply_to", "owner", "pasts", "session_id", "sources", "status"),
     )
 
@@ -1054,9 +1062,8 @@ class _Answer:
         """Have the reply written by *work*, in a task of its own."""
         loop = asyncio.get_running_loop()
         self._born = self._heard = loop.time()
-        self._timer = loop.call_later(
-            min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout), self._watch
-        )
+        limit = min(self._desk.config.chunk_timeout, self._desk.config.answer_timeout)
+        self._alarm = self._desk.alarms.after(limit, self._watch)
         self._task = loop.create_task(work)
         self._task.add_done_callback(self._free)
         self._desk.answers[self] = self._task
@@ -1107,8 +1114,8 @@ class _Answer:
         if self._half and self._room:
             self._parts.append("\ufffd")
         self.status, self._half = status, ""
-        self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(_STOP_GRACE, self._abandon)
+        self._alarm.cancel()
+        self._alarm = self._desk.alarms.after(_STOP_GRACE, self._abandon)
         self._post_end()
         if self.session_id:
             self._desk.count_reply(self, _now() - self._born)
@@ -1138,7 +1145,7 @@ class _Answer:
     def _free(self, _task: object = None) -> None:
         """Let the next message have its turn, now that the answerer is done or given up."""
         self._task = None
-        self._timer.cancel()
+        self._alarm.cancel()
         if self._desk.answers.pop(self, None) is not None and self.owner is not None:
             self.owner.freed()
 
@@ -1256,7 +1263,7 @@ class _Answer:
         config = self._desk.config
         due = min(self._heard + config.chunk_timeout, self._born + config.answer_timeout)
         if _now() < due:
-            self._timer = asyncio.get_running_loop().call_at(due, self._watch)
+            self._alarm = self._desk.alarms.at(due, self._watch)
             return
         is_silent = due < self._born + config.answer_timeout
         _log.error("answerer %s took too long over reply %s", self._desk.answerer, self.id)
@@ -1283,23 +1290,23 @@ class _Past:
         self.holder: _Conversation | None = None
         self._desk = desk
         self._row = row
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: _Alarm | None = None
         self._is_unfinished_turn = answer.session_id == row.id and answer.status == "streaming"
         answer.pasts.append(self)
         desk.remember(row.id, self)
 
     def save(self) -> None:
         """Save the row with the reply as it is; once that has ended, its time runs."""
-        rows, loop, status = self._desk.rows, asyncio.get_running_loop(), self.answer.status
-        is_beat = self._timer is not None and status == "streaming"
-        if self._timer is not None:
-            self._timer.cancel()
+        rows, alarms, status = self._desk.rows, self._desk.alarms, self.answer.status
+        is_beat = self._alarm is not None and status == "streaming"
+        if self._alarm is not None:
+            self._alarm.cancel()
         if self._is_unfinished_turn and status in _TOLD:
             self._row = msgspec.structs.replace(self._row, turns=self._row.turns + 1)
         if status != "streaming":
-            self._timer = loop.call_later(self._desk.config.reply_ttl, self.forget)
+            self._alarm = alarms.after(self._desk.config.reply_ttl, self.forget)
         elif rows.shared is not None:
-            self._timer = loop.call_later(_BEAT, self.save)  # so that other workers see it grow
+            self._alarm = alarms.after(_BEAT, self.save)  # so that other workers see it grow
         if not (is_beat and rows.is_saving(self._row.id)):
             row = msgspec.structs.replace(self._row, reply=self.answer.reply)
             rows.put(row, [each.reply for each in self.answers[:-1]])
@@ -1308,8 +1315,8 @@ class _Past:
         """Let the stored reply go: its visitor has it, or has stayed away too long."""
         if self._desk.past.pop(self._row.id, None) is None:
             return
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         self.answer.pasts.remove(self)
         self._desk.rows.put(self._row)
         if self._earlier is not None:
@@ -1472,7 +1479,7 @@ class _Conversation:
         self._waiting.clear()
         self._talk = None
         if self._idle is not None:
-            self._desk.alarms.cancel(self._idle)
+            self._idle.cancel()
         if self._answer is not None and self._answer.owner is self:
             self._answer.detach()
         self.row = msgspec.structs.replace(self.row, ended_at=_utc(), end_reason=reason)
@@ -1647,7 +1654,7 @@ class _Conversation:
         """Start the idle time anew; a timer that runs already finds out when it rings."""
         self._quiet = _now()
         if self._warned and self._idle is not None:
-            self._desk.alarms.cancel(self._idle)  # it waits for the end, and the next warning may come before that
+            self._idle.cancel()  # it waits for the end, and the next warning may come before that
             self._idle = None
         self._warned = False
         if self._idle is None and not self.is_over:
@@ -2033,7 +2040,7 @@ class _Line:
                 raise
         finally:
             self._reader = None
-            self._office.alarms.cancel(self._pulse)
+            self._pulse.cancel()
             self.conversation.gone(self._left)
         if self._left is None:
             await self._close()

@@ -1168,6 +1168,95 @@ async def test_any_frame_is_a_sign_of_life_and_pings_keep_their_pace() -> None:
         assert now() - start == 125
 
 
+# ---- Alarms ----------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_alarms_ring_in_order_and_not_when_they_are_cancelled() -> None:
+    alarms, rung = chat_session._Alarms(), list[tuple[str, float]]()
+    begun = now()
+
+    def ring(name: str) -> None:
+        rung.append((name, round(now() - begun, 3)))
+
+    def ring_and_set(name: str) -> None:
+        ring(name)
+        alarms.after(1, partial(ring, "set meanwhile"))
+
+    kept = [alarms.after(seconds, partial(ring, f"in {seconds}")) for seconds in (5, 3, 9, 3)]
+    alarms.after(4, partial(ring_and_set, "in 4"))
+    kept[2].cancel()
+    kept[2].cancel()
+    await asyncio.sleep(10)
+    kept[0].cancel()
+    assert rung == [("in 3", 3.0), ("in 3", 3.0), ("in 4", 4.0), ("in 5", 5.0), ("set meanwhile", 5.0)]
+    assert not alarms._heap
+
+
+@virtual
+async def test_an_alarm_that_raises_keeps_no_other_from_ringing() -> None:
+    alarms, rung, faults = chat_session._Alarms(), [], []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
+    alarms.after(1, lambda: cast("list[int]", [])[0])
+    alarms.after(1, lambda: rung.append("same time"))
+    alarms.after(2, lambda: rung.append("later"))
+    await asyncio.sleep(3)
+    assert rung == ["same time", "later"]
+    assert [type(fault) for fault in faults] == [IndexError]
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_alarms_that_are_due_already_ring_at_once_whatever_the_loop(kind: str) -> None:
+    async def scenario() -> list[str]:
+        alarms, rung, done = chat_session._Alarms(), list[str](), asyncio.Event()
+        alarms.at(0, partial(rung.append, "long ago"))
+        alarms.at(now(), partial(rung.append, "now"))
+        alarms.after(0, done.set)
+        await done.wait()
+        return rung
+
+    factory = pytest.importorskip(kind).new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        assert runner.run(scenario()) == ["long ago", "now"]
+
+
+@virtual
+async def test_alarms_that_are_cancelled_leave_nothing_behind() -> None:
+    alarms = chat_session._Alarms()
+    kept = [alarms.after(100, print) for _ in range(100)]
+    for alarm in kept[:51]:
+        alarm.cancel()
+    assert len(alarms._heap) == 49
+    for alarm in kept[51:]:
+        alarm.cancel()
+    assert not alarms._heap
+    assert alarms._timer is None
+
+
+def test_an_app_that_ran_on_one_event_loop_is_whole_on_the_next_as_in_a_hosts_own_tests() -> None:
+    it = Bench(echo, settings(shutdown_grace=0.05, idle_timeout=100.0, ping_interval=20.0))
+
+    async def be_cut_off() -> None:
+        async with it.app.lifespan():
+            visitor = await it.visit()
+            visitor.say("one two three")
+            await visitor.next("text-delta")
+
+    async def talk() -> Visitor:
+        async with it.app.lifespan():
+            visitor = await it.visit()
+            assert (await visitor.ask("four five six")).text == "four five six "
+            await visitor.ended()
+            return visitor
+
+    for scenario in (be_cut_off, talk):
+        with asyncio.Runner(loop_factory=WarpLoop) as runner:
+            visitor = runner.run(cast("Any", scenario)())
+    assert [frame["closesIn"] for frame in visitor.of("session-idle")] == [60.0]
+    assert len(visitor.of("ping")) == 5
+    assert visitor.of("session-end") == [{"type": "session-end", "reason": "idle"}]
+
+
 # ---- The scratchpad --------------------------------------------------------------------------------------------------
 
 
