@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -74,31 +74,39 @@ def memory_of_a_session(bench: Bench) -> Section:
 # ---- 6. Growth ----
 
 TALKERS = 100
+PART = 1_000  # sessions, whose memory that of the later ones is compared with
 INTERVAL = 25.0  # seconds between our pings; uvicorn's are 20 s apart
 
 
 @dataclass
 class House:
-    """A server of ours with some sessions open."""
+    """A server with some sessions open."""
 
     server: Server
     crowd: Crowd
     sessions: int
-    memory: float = 0.0
+    memory: dict[int, int] = field(default_factory=dict)  # of the server, by the number of its sessions
     idle: float = 0.0
 
     def fill(self, seconds: float) -> None:
-        """Begin to open the sessions, spread over *seconds*."""
+        """Begin to open the sessions, spread over *seconds*, and note on the way what they hold."""
         self.crowd.do("open", count=TALKERS)
         talk_short(self.crowd)
-        self.memory = float(self.server.memory)
-        self.crowd.begin("open", count=self.sessions - TALKERS, seconds=seconds)
+        self.memory[TALKERS] = self.server.memory
+        opened = min(PART, self.sessions)
+        self.crowd.do("open", count=opened - TALKERS, seconds=seconds * opened / self.sessions)
+        self.memory[opened] = self.server.memory
+        self.crowd.begin("open", count=self.sessions - opened, seconds=seconds * (1 - opened / self.sessions))
 
     def rest(self) -> None:
-        """Wait until the sessions are open, note what each holds, and begin to watch what they cost."""
+        """Wait until the sessions are open, note what they hold, and begin to watch what they cost."""
         self.crowd.end()
-        self.memory = (self.server.memory - self.memory) / (self.sessions - TALKERS) / KB
+        self.memory[self.sessions] = self.server.memory
         self.idle = self.server.cpu
+
+    def weight(self, first: int, last: int) -> float:
+        """Return the kB that each session has added from the *first* to the *last*."""
+        return (self.memory[last] - self.memory[first]) / (last - first) / KB
 
     def wake(self, seconds: float) -> None:
         """Note the share of a core that the sessions have cost while nobody talked."""
@@ -115,14 +123,15 @@ class House:
 def growth(bench: Bench) -> Section:
     """Measure 6, and what idle sessions cost."""
     many = bench.pick(1_500, 5_000)
-    few = 2 * TALKERS  # of which the first half fill what the start has left free, and the memory of the others is told
+    few = 2 * TALKERS
     opening = bench.pick(8.0, INTERVAL)
     section = Section(
         "Idle sessions and growth",
         f"Servers of ours with {few} and {many:,} sessions, and a bare one with {many:,}, opened evenly over "
         f"{opening:g} s. Then nobody talks for {INTERVAL:g} s, in which each session is pinged once by us and once or twice "
         f"by uvicorn; and then {TALKERS} talk at {PACE} words a second, on each server in turn. What idle sessions cost "
-        f"by the way is taken off a word's CPU; memory is what a session adds after the first {TALKERS}.",
+        f"by the way is taken off a word's CPU; memory is what a session adds after the first {TALKERS}, which fill what "
+        "a server's start has left free.",
         ["sessions", "CPU per word", "memory per session", "idle, share of a core"],
     )
     with ExitStack() as stack:
@@ -130,16 +139,21 @@ def growth(bench: Bench) -> Section:
         houses = {name: open_house(stack, kind, size) for name, (kind, size) in plan.items()}
         imports = rest_all(bench, list(houses.values()), opening)
         for name, house in houses.items():
-            bench.say(f"{name}: {house.sessions} sessions, {house.memory:.1f} kB each, {house.idle:.2%} of a core")
+            bench.say(f"{name}: {house.sessions} sessions, {house.idle:.2%} of a core")
         words = bench.pick(50, 150)
         found = bench.compare(f"{TALKERS} talkers", list(houses), lambda name: houses[name].cost(words))
     for name, house in houses.items():
-        cells = [f"{show(median(found[name]))} µs", f"{show(house.memory)} kB", f"{house.idle:.2%}"]
+        weight = house.weight(TALKERS, house.sessions)
+        cells = [f"{show(median(found[name]))} µs", f"{show(weight)} kB", f"{house.idle:.2%}"]
         section.rows.append([f"{NAMES[house.server.kind]}, {house.sessions:,}", *cells])
     section.goals += [
         Goal(f"CPU of {many:,} idle sessions, pings included", houses["many"].idle * 100, 5, " %"),
         Goal(f"CPU per word, {many:,} / {few} sessions", ratio(found, "many", "few"), 1.25),
-        Goal(f"memory per session, {many:,} / {few} sessions", houses["many"].memory / houses["few"].memory, 1.25),
+        Goal(
+            f"memory of a session, {PART + 1:,}th to {many:,}th / {TALKERS + 1}st to {PART:,}th",
+            houses["many"].weight(PART, many) / houses["many"].weight(TALKERS, PART),
+            1.25,
+        ),
         imports,
     ]
     return section
