@@ -1940,10 +1940,11 @@ class _Line:
         self._reader: asyncio.Task[Any] | None = None
         self._code: _Close | None = None
         self._left: int | None = None
-        self._heard = self._due = _now()
+        self._heard = _now()
+        self._due = self._next_beat(self._heard)
         self.speaker: _Answer | None = None
         self.posted = self.sent = 0
-        self._pulse = office.alarms.at(self._heard + self._interval, self._beat)
+        self._pulse = office.alarms.at(self._due, self._beat)
 
     # Outgoing.
 
@@ -2106,11 +2107,15 @@ class _Line:
         if now >= lost_at:
             self.lose()
             return
-        if now >= self._due + self._interval:
-            self._due = now
+        if now >= self._due:
+            self._due = self._next_beat(now)
             self.post("ping")
-        due = min(self._due + self._interval, lost_at)
-        self._pulse = self._office.alarms.at(due, self._beat)
+        self._pulse = self._office.alarms.at(min(self._due, lost_at), self._beat)
+
+    def _next_beat(self, now: float) -> float:
+        """Find the time of the next ping, up to a hundredth early: pings that go together wake the process once."""
+        due = now + self._interval
+        return due - due % (self._interval / 100)
 
 
 # ---- The plugin ------------------------------------------------------------------------------------------------------
