@@ -636,19 +636,19 @@ def _is_global(address: str) -> bool:
 class _Rate:
     """So many a minute, counted by the generic cell rate algorithm (ITU-T I.371): one number, no list of times."""
 
-    __slots__ = ("_allowance", "_due", "_interval")
+    __slots__ = ("_due", "_per_minute")
 
     def __init__(self, per_minute: int) -> None:
-        self._interval = 60.0 / per_minute
-        self._allowance = 60.0 - self._interval
+        self._per_minute = per_minute
         self._due = 0.0
 
     def wait(self, now: float) -> int:
         """Take one and return 0, or return the whole seconds after which one can be taken."""
-        late = round(max(self._due, now) - now - self._allowance, 6)
+        interval, due = 60.0 / self._per_minute, max(self._due, now)
+        late = round(due - now - (60.0 - interval), 6)
         if late > 0:
             return math.ceil(late)
-        self._due = max(self._due, now) + self._interval
+        self._due = due + interval
         return 0
 
 
