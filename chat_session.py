@@ -1933,7 +1933,7 @@ class _Line:
         self._socket = socket
         self._interval = config.ping_interval
         self._max_bytes = max(16 * config.max_message_chars, _MIN_FRAME_LIMIT)
-        self._outbox: list[str] = []
+        self._outbox: list[dict[str, object]] = []
         self._queued: Literal["", "later", "soon"] = ""
         self._courier: _Courier | None = None
         self._is_cut = False
@@ -1972,9 +1972,9 @@ class _Line:
                 self._office.later(self)
 
     def put(self, type_: str, **content: object) -> None:
-        """Lay one frame into the outbox."""
+        """Lay one frame into the outbox, to be encoded when it is sent: much may pile up for one who reads nothing."""
         self.posted += 1
-        self._outbox.append(_encode({"type": type_, **content}).decode())
+        self._outbox.append({"type": type_, **content})
 
     def _hurry(self) -> None:
         if self._queued != "soon":
@@ -1995,9 +1995,9 @@ class _Line:
             self._seal()
             while frames := self._outbox:
                 self._outbox = []
-                for text in frames:
+                for frame in frames:
                     courier.since = time()
-                    await self._socket.send({"type": "websocket.send", "text": text, "bytes": None})
+                    await self._socket.send({"type": "websocket.send", "text": _encode(frame).decode(), "bytes": None})
                 self.sent += len(frames)
                 self._seal()
         except _GONE:
