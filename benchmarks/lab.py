@@ -240,7 +240,7 @@ def describe_machine() -> str:
     if chainlit := chainlit_version():
         found.append(f"chainlit {chainlit}")
     cores = len(os.sched_getaffinity(0))
-    machine = f"{processor()}, {cores} cores, {platform.system()} {platform.release()}"
+    machine = f"{processor()}, {cores} cores, {platform.system()}"
     return f"{machine}; Python {platform.python_version()}, {', '.join(found)}"
 
 
