@@ -124,7 +124,7 @@ def growth(bench: Bench) -> Section:
     """Measure 6, and what idle sessions cost."""
     many = bench.pick(1_500, 5_000)
     few = 2 * TALKERS
-    opening = bench.pick(8.0, INTERVAL)
+    opening = bench.pick(3.0, INTERVAL)
     section = Section(
         "Idle sessions and growth",
         f"Servers of ours with {few} and {many:,} sessions, and a bare one with {many:,}, opened evenly over "
@@ -140,7 +140,7 @@ def growth(bench: Bench) -> Section:
         imports = rest_all(bench, list(houses.values()), opening)
         for name, house in houses.items():
             bench.say(f"{name}: {house.sessions} sessions, {house.idle:.2%} of a core")
-        words = bench.pick(50, 150)
+        words = bench.pick(30, 150)
         found = bench.compare(f"{TALKERS} talkers", list(houses), lambda name: houses[name].cost(words))
     for name, house in houses.items():
         weight = house.weight(TALKERS, house.sessions)

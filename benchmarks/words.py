@@ -54,7 +54,7 @@ def cost_of_a_word(bench: Bench) -> Section:
         "of the rounds; goals are medians of the rounds' ratios.",
     )
     loads = [
-        Load("50 words/s × 200", f"steady {PACE}", VISITORS, bench.pick(50, 150), {"bare": 1.3, "litestar": 1.1}),
+        Load("50 words/s × 200", f"steady {PACE}", VISITORS, bench.pick(35, 150), {"bare": 1.3, "litestar": 1.1}),
         Load("500 words/s × 50", "steady 500", 50, bench.pick(150, 500), {"bare": 0.7}),
         Load("bursts × 40", "burst", 40, bench.pick(1_000, 2_000), {"bare": 0.2}),
     ]
@@ -152,9 +152,9 @@ class Search:
 
     def _try(self, size: int) -> None:
         """Hear one crowd; a crowd that is late by bad luck is heard again."""
-        told = hear(self._crowd_of(size), size, self._bench.pick(40, 80))
+        told = hear(self._crowd_of(size), size, self._bench.pick(30, 80))
         if LATE <= told["p99"] < 2 * LATE and self._server.settle():
-            told = min(told, hear(self._crowd, size, self._bench.pick(40, 80)), key=lambda each: each["p99"])
+            told = min(told, hear(self._crowd, size, self._bench.pick(30, 80)), key=lambda each: each["p99"])
         self.lags[size] = told
         self.busiest = max(self.busiest, told["busy"])
         is_settled = self._server.settle()
