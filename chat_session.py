@@ -1117,9 +1117,9 @@ class _Answer:
         self._alarm.cancel()
         self._alarm = self._desk.alarms.after(_STOP_GRACE, self._abandon)
         self._post_end()
+        self._parts = ["".join(self._parts)] if self._parts else []  # thousands of words take ten times the room
         if self.session_id:
             self._desk.count_reply(self, _now() - self._born)
-        self._parts = ["".join(self._parts)] if self._parts else []  # thousands of words take ten times the room
         for past in list(self.pasts):
             past.save()
         if self.owner is not None:
@@ -1896,7 +1896,7 @@ class _Office:
             loop.call_soon(self._turn)
             if not self._is_watching:
                 self._is_watching = True
-                loop.call_later(self._send_timeout, self._watch)
+                self.alarms.after(self._send_timeout, self._watch)
 
     async def _deliver(self, courier: _Courier) -> None:
         try:
@@ -1915,7 +1915,7 @@ class _Office:
         self._is_watching = bool(self._couriers)
         if self._couriers:
             due = min(courier.since for courier in self._couriers) + self._send_timeout
-            asyncio.get_running_loop().call_at(due, self._watch)
+            self.alarms.at(due, self._watch)
 
 
 class _Line:
